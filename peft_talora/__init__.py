@@ -1,0 +1,35 @@
+"""Multi-task adapters for the Segment Anything Model, as a plugin for Hugging Face PEFT.
+
+Importing the package registers the tuners with PEFT: `get_peft_model(sam, TALoraConfig(tasks=[...]))` then works like
+`get_peft_model(sam, LoraConfig(...))`.
+"""
+
+from .auxiliary import auxiliary_loss
+from .hub import load_adapter, save_adapter
+from .metrics import delta_b
+from .msam import MSamConfig, MSamForMultiTask, MSamOutput, MSamProcessor, TaskSpec
+from .msam_adapter import default_modules_to_save
+from .routing import checkpoint_context, set_task, use_task
+from .talora import TALoraConfig, TALoraLayer, TALoraLinear, TALoraModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MSamConfig",
+    "MSamForMultiTask",
+    "MSamOutput",
+    "MSamProcessor",
+    "TALoraConfig",
+    "TALoraLayer",
+    "TALoraLinear",
+    "TALoraModel",
+    "TaskSpec",
+    "auxiliary_loss",
+    "checkpoint_context",
+    "default_modules_to_save",
+    "delta_b",
+    "load_adapter",
+    "save_adapter",
+    "set_task",
+    "use_task",
+]

@@ -1,0 +1,54 @@
+"""Configuration of mSAM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import SamConfig
+
+from .tasks import TaskSpec, parse_tasks, tasks_to_list
+
+CHANNEL_MODES = ("prompt", "token")
+
+
+class MSamConfig(SamConfig):
+    r"""Configuration of an [`MSamForMultiTask`]: that of its SAM, and the tasks.
+
+    Args:
+        vision_config (`dict` or `SamVisionConfig`, *optional*): The image encoder.
+        prompt_encoder_config (`dict` or `SamPromptEncoderConfig`, *optional*):
+            SAM's prompt encoder. mSAM has none; it is kept so that a task can become a plain `SamModel` again.
+        mask_decoder_config (`dict` or `SamMaskDecoderConfig`, *optional*): The mask decoder, the same for every task.
+        tasks (`dict` or `list`):
+            `{name: TaskSpec or its fields}`, ordered, or the list of `{"name": ..., **fields}` that files hold (JSON
+            writers sort keys, and the order of the tasks means something). Stored as the list.
+        channel_mode (`str`): "prompt": one decoder pass per output channel, as published.
+    """
+
+    model_type = "msam"
+
+    tasks: list[dict[str, Any]] | dict[str, Any] | None = None
+    channel_mode: str = "prompt"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.tasks = tasks_to_list(parse_tasks(self.tasks)) if self.tasks else []
+        if self.channel_mode not in CHANNEL_MODES:
+            raise ValueError(f"`channel_mode` must be one of {CHANNEL_MODES}, got {self.channel_mode!r}.")
+        if self.channel_mode == "token":
+            raise NotImplementedError('`channel_mode="token"` is not implemented yet; use "prompt".')
+        super().__post_init__(**kwargs)
+
+    @property
+    def task_specs(self) -> dict[str, TaskSpec]:
+        """The tasks by name, in their order."""
+        return parse_tasks(self.tasks)
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names of the tasks, in their order."""
+        return [task["name"] for task in self.tasks]
+
+    @property
+    def grid_size(self) -> int:
+        """Height and width of the image embedding, in tokens."""
+        return self.vision_config.image_size // self.vision_config.patch_size

@@ -1,0 +1,398 @@
+"""mSAM: a SAM without prompts that predicts several dense maps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import SamModel
+from transformers.models.sam.modeling_sam import (
+    SamMaskDecoder,
+    SamPositionalEmbedding,
+    SamPreTrainedModel,
+    SamVisionEncoder,
+)
+from transformers.utils import ModelOutput
+
+from ..auxiliary import auxiliary_loss
+from ..losses import check_labels, task_loss
+from ..routing import TaskRequest, resolve_task
+from .configuration import MSamConfig
+from .encoding import encode_mixed, encode_tasks
+from .frozen import freeze
+from .interpolation import encoder_state_for
+from .processing import post_process
+from .tasks import Tasks, TaskSpec, parse_tasks
+
+
+@dataclass
+class MSamOutput(ModelOutput):
+    """Output of [`MSamForMultiTask`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*):
+            The weighted sum of the tasks' losses and the adapters' auxiliary losses; with `labels` only.
+        losses (`dict[str, torch.Tensor]`, *optional*): The loss of each task, unweighted; with `labels` only.
+        logits (`dict[str, torch.Tensor]`):
+            Per task `(B_t, N_t, 4h, 4w)` for the B_t images that have the task and an image embedding of h x w.
+        image_index (`dict[str, torch.LongTensor]`, *optional*):
+            With `task_ids` only: per task which rows of the batch its B_t images are.
+    """
+
+    loss: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
+    logits: dict[str, torch.Tensor] | None = None
+    image_index: dict[str, torch.Tensor] | None = None
+
+
+class MSamForMultiTask(SamPreTrainedModel):
+    r"""SAM for several dense prediction tasks (mSAM, arXiv 2403.10971, section 3.1).
+
+    The prompt encoder is gone. Task t with N_t output channels has a no-mask embedding E_t (N_t, C), one learnt vector
+    per channel, and a copy of SAM's mask decoder. For channel c the decoder gets the image embedding (C, h, w) of its
+    task plus E_t[c] spread over h x w, no sparse prompts, and SAM's dense positional encoding; its mask token 0 gives
+    the channel's logits (4h, 4w).
+
+    Modules: `vision_encoder`, `shared_image_embedding`, `no_mask_embeds[task]` (`nn.Embedding(N_t, C)`) and
+    `mask_decoders[task]` (a `SamMaskDecoder` whose IoU head is frozen: it gets no loss).
+
+    Example:
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec
+
+        >>> tasks = {"semantic": TaskSpec("semantic", num_channels=13), "depth": TaskSpec("depth")}
+        >>> msam = MSamForMultiTask.from_sam("facebook/sam-vit-base", tasks, image_size=512)
+        >>> model = get_peft_model(msam, TALoraConfig())
+        >>> output = model(pixel_values, labels={"semantic": classes, "depth": metres})
+        >>> output.loss.backward()
+        ```
+    """
+
+    config_class = MSamConfig
+    config: MSamConfig
+    base_model_prefix = "msam"
+    main_input_name = "pixel_values"
+    # SamModel's tied weight belongs to its prompt encoder
+    _tied_weights_keys = {}
+
+    def __init__(self, config: MSamConfig) -> None:
+        super().__init__(config)
+        if not config.tasks:
+            raise ValueError("An MSamForMultiTask needs at least one task in its config, got none.")
+        self.task_specs: dict[str, TaskSpec] = config.task_specs
+        self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
+        self.vision_encoder = SamVisionEncoder(config.vision_config)
+        # the decoder is no PreTrainedModel and would not learn of it otherwise
+        config.mask_decoder_config._attn_implementation = config._attn_implementation
+        hidden_size = config.mask_decoder_config.hidden_size
+        self.no_mask_embeds = nn.ModuleDict(
+            {name: nn.Embedding(spec.num_channels, hidden_size) for name, spec in self.task_specs.items()}
+        )
+        self.mask_decoders = nn.ModuleDict(
+            {name: SamMaskDecoder(config.mask_decoder_config) for name in self.task_specs}
+        )
+        self.post_init()
+        self._freeze_iou_heads()
+
+    def _freeze_iou_heads(self) -> None:
+        for decoder in self.mask_decoders.values():
+            freeze(decoder.iou_prediction_head)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_encoder.get_input_embeddings()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        # loading replaces the parameters
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_iou_heads()
+        return loaded
+
+    @classmethod
+    def from_sam(
+        cls,
+        sam: SamModel | str | Path,
+        tasks: Tasks,
+        image_size: int | None = None,
+        channel_mode: str = "prompt",
+    ) -> MSamForMultiTask:
+        """Make an mSAM from a SAM: every task starts with a copy of its decoder and its no-mask embedding.
+
+        Args:
+            sam: A `SamModel`, or the name or path of a checkpoint of one. It is not changed.
+            tasks: `{name: TaskSpec or its fields}`, ordered.
+            image_size: Side of the input images in pixels, a multiple of the patch size; position embeddings are
+                interpolated. That of `sam` when None.
+            channel_mode: "prompt".
+
+        Raises:
+            TypeError: `sam` is something else.
+            ValueError: A task, or the image size, is not possible.
+        """
+        if isinstance(sam, str | Path):
+            sam = SamModel.from_pretrained(sam)
+        if not isinstance(sam, SamModel):
+            raise TypeError(f"`sam` must be a SamModel or the name or path of one, got {type(sam).__name__}.")
+        vision_config = copy.deepcopy(sam.config.vision_config)
+        vision_config.image_size = _checked_image_size(image_size, vision_config)
+        config = MSamConfig(
+            vision_config=vision_config,
+            prompt_encoder_config=copy.deepcopy(sam.config.prompt_encoder_config),
+            mask_decoder_config=copy.deepcopy(sam.config.mask_decoder_config),
+            tasks=parse_tasks(tasks),
+            channel_mode=channel_mode,
+            initializer_range=sam.config.initializer_range,
+        )
+        config._attn_implementation = sam.config._attn_implementation
+        model = cls(config).to(dtype=sam.dtype, device=sam.device)
+        model._copy_weights(sam)
+        model.name_or_path = sam.name_or_path
+        model.config._name_or_path = sam.name_or_path
+        return model.train(sam.training)
+
+    @torch.no_grad()
+    def _copy_weights(self, sam: SamModel) -> None:
+        self.vision_encoder.load_state_dict(encoder_state_for(self.config.vision_config, sam.vision_encoder))
+        self.shared_image_embedding.load_state_dict(sam.shared_image_embedding.state_dict())
+        for name in self.task_specs:
+            self.mask_decoders[name].load_state_dict(sam.mask_decoder.state_dict())
+            self.no_mask_embeds[name].weight.copy_(
+                sam.prompt_encoder.no_mask_embed.weight.expand_as(self.no_mask_embeds[name].weight)
+            )
+
+    @classmethod
+    def from_adapter(cls, path_or_hub_id: str | Path, base_model: Any = None, **kwargs: Any) -> Any:
+        """Load a saved adapter with everything it needs. See [`peft_talora.hub.load_adapter`]."""
+        from ..hub import load_adapter
+
+        return load_adapter(path_or_hub_id, base_model=base_model, **kwargs)
+
+    def get_image_wide_positional_embeddings(self) -> torch.Tensor:
+        """SAM's dense positional encoding, (1, C, h, w)."""
+        weight = self.shared_image_embedding.positional_embedding
+        size = self.config.grid_size
+        centres = (torch.arange(size, device=weight.device, dtype=weight.dtype) + 0.5) / size
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        return self.shared_image_embedding(torch.stack([x, y], dim=-1)).permute(2, 0, 1)[None]
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        tasks: Sequence[str] | str | None = None,
+        task_ids: TaskRequest | None = None,
+        labels: Mapping[str, torch.Tensor] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MSamOutput | tuple:
+        r"""Predict the wanted tasks of every image, or one task per image.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, image_size, image_size)`): Images, as `MSamProcessor` makes
+                them.
+            image_embeddings (`torch.Tensor` of shape `(B, C, h, w)` or `dict`): Instead of pixel_values: the encoder's
+                output, a tensor with one task or with `task_ids`, else `{task: tensor}`.
+            tasks (`list[str]`): The tasks wanted for every image; all of them by default.
+            task_ids: One task per image: a LongTensor `(B,)`, or a list of names or indices. Not together with `tasks`.
+            labels (`dict[str, torch.Tensor]`): Per task B rows at any resolution, integers `(B, H, W)` for "semantic"
+                and "parts" and numbers `(B, C, H, W)` for the other kinds. Rows of images that do not have the task,
+                and tasks that are not wanted, are ignored; a wanted task without labels is unlabelled.
+            return_dict (`bool`): Return a tuple when False.
+
+        Returns:
+            [`MSamOutput`]
+
+        Raises:
+            ValueError: The arguments contradict each other, name an unknown task or have wrong shapes.
+        """
+        batch_size = self._check_inputs(pixel_values, image_embeddings)
+        self._check_labels(labels, batch_size)
+        if task_ids is None:
+            names = self._wanted_tasks(tasks)
+            embeddings = self._embeddings_of_tasks(pixel_values, image_embeddings, names)
+            image_index = None
+        else:
+            if tasks is not None:
+                raise ValueError(f"Give either tasks ({tasks!r}) or task_ids, not both.")
+            ids = self._checked_task_ids(task_ids, batch_size, self.device)
+            embeddings, image_index = self._embeddings_of_images(pixel_values, image_embeddings, ids)
+
+        logits = {name: self._decode(name, embedding) for name, embedding in embeddings.items()}
+        loss, losses = None, None
+        if labels is not None:
+            losses = {name: self._task_loss(name, logits[name], labels, image_index) for name in logits}
+            loss = sum(self.task_specs[name].weight * value for name, value in losses.items())
+            loss = loss + auxiliary_loss(self).to(loss.device)
+        output = MSamOutput(loss=loss, losses=losses, logits=logits, image_index=image_index)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def encode(self, pixel_values: torch.Tensor, tasks: Sequence[str] | str | None = None) -> dict[str, torch.Tensor]:
+        """The image embeddings (B, C, h, w) of the wanted tasks, to be passed to `forward` as `image_embeddings`."""
+        self._check_inputs(pixel_values, None)
+        return encode_tasks(self, pixel_values, self._wanted_tasks(tasks))
+
+    def keep_tasks(self, names: Sequence[str]) -> None:
+        """Drop the decoders and embeddings of all other tasks, for good."""
+        names = self._wanted_tasks(names)
+        self.config.tasks = [task for task in self.config.tasks if task["name"] in names]
+        for dropped in [name for name in self.task_specs if name not in names]:
+            del self.task_specs[dropped], self.no_mask_embeds[dropped], self.mask_decoders[dropped]
+
+    def post_process(
+        self, output: MSamOutput, target_sizes: Sequence[tuple[int, int]] | torch.Tensor
+    ) -> list[dict[str, torch.Tensor]]:
+        """Predictions at the images' own resolution.
+
+        Args:
+            output: The output of `forward` on a batch that [`MSamProcessor`] made.
+            target_sizes: Height and width of each image of the batch.
+
+        Returns:
+            Per image `{task: prediction}`: a class map (H, W), a probability (H, W), metres (H, W), unit normals
+            (3, H, W) or values (C, H, W).
+        """
+        image_size = self.config.vision_config.image_size
+        return post_process(output.logits, self.task_specs, target_sizes, image_size, output.image_index)
+
+    def _embeddings_of_tasks(
+        self, pixel_values: torch.Tensor | None, image_embeddings: Any, names: list[str]
+    ) -> dict[str, torch.Tensor]:
+        if image_embeddings is None:
+            return encode_tasks(self, pixel_values, names)
+        if isinstance(image_embeddings, torch.Tensor):
+            if len(names) != 1:
+                raise ValueError(
+                    f"image_embeddings is one tensor, but {len(names)} tasks are wanted ({names}): pass one task, "
+                    "task_ids, or a dict {task: tensor}."
+                )
+            return {names[0]: image_embeddings}
+        missing = [name for name in names if name not in image_embeddings]
+        if missing:
+            raise ValueError(f"image_embeddings has no entry for {missing}, only for {list(image_embeddings)}.")
+        return {name: image_embeddings[name] for name in names}
+
+    def _embeddings_of_images(
+        self, pixel_values: torch.Tensor | None, image_embeddings: Any, ids: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        if isinstance(image_embeddings, Mapping):
+            raise ValueError("With task_ids, image_embeddings must be one tensor (B, C, h, w), got a dict.")
+        embedding = encode_mixed(self, pixel_values, ids) if image_embeddings is None else image_embeddings
+        image_index = {name: torch.nonzero(ids == t).flatten() for t, name in enumerate(self.task_specs)}
+        return {name: embedding[rows.to(embedding.device)] for name, rows in image_index.items()}, image_index
+
+    def _decode(self, name: str, image_embedding: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, N, 4h, 4w): one decoder input per image and channel."""
+        batch_size, _, height, width = image_embedding.shape
+        num_channels = self.task_specs[name].num_channels
+        if batch_size == 0:
+            return image_embedding.new_zeros(0, num_channels, 4 * height, 4 * width)
+        channels = torch.arange(num_channels, device=image_embedding.device)
+        no_mask = self.no_mask_embeds[name](channels).repeat(batch_size, 1)
+        masks, _ = self.mask_decoders[name](
+            image_embeddings=image_embedding.repeat_interleave(num_channels, dim=0),
+            image_positional_embeddings=self.get_image_wide_positional_embeddings(),
+            sparse_prompt_embeddings=None,
+            dense_prompt_embeddings=no_mask[:, :, None, None],
+            multimask_output=False,
+        )
+        return masks.reshape(batch_size, num_channels, 4 * height, 4 * width)
+
+    def _task_loss(
+        self,
+        name: str,
+        logits: torch.Tensor,
+        labels: Mapping[str, torch.Tensor],
+        image_index: Mapping[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        if logits.shape[0] == 0:
+            return self._zero_loss(name, logits)
+        if name not in labels:
+            return logits.flatten()[:0].float().sum()
+        task_labels = labels[name].to(logits.device)
+        if image_index is not None:
+            task_labels = task_labels[image_index[name].to(logits.device)]
+        return task_loss(self.task_specs[name], logits, task_labels)
+
+    def _zero_loss(self, name: str, logits: torch.Tensor) -> torch.Tensor:
+        """0 with zero gradients for the task's own parameters: every process of DDP must see them in every step."""
+        total = logits.float().sum()
+        for module in (self.no_mask_embeds[name], self.mask_decoders[name]):
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    total = total + parameter.flatten()[:0].float().sum()
+        return total
+
+    def _wanted_tasks(self, tasks: Sequence[str] | str | None) -> list[str]:
+        if tasks is None:
+            return list(self.task_specs)
+        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        unknown = [name for name in names if name not in self.task_specs]
+        if unknown or not names:
+            raise ValueError(f"Unknown tasks {unknown} in {names}. The model's tasks are {list(self.task_specs)}.")
+        if len(set(names)) != len(names):
+            raise ValueError(f"A task is named twice in {names}.")
+        return names
+
+    def _checked_task_ids(self, task_ids: TaskRequest, batch_size: int, device: torch.device) -> torch.Tensor:
+        ids = task_ids if isinstance(task_ids, str | int) else resolve_task(task_ids, list(self.task_specs), device)
+        if not isinstance(ids, torch.Tensor) or ids.shape[0] != batch_size:
+            given = len(ids) if isinstance(ids, torch.Tensor) else repr(ids)
+            raise ValueError(
+                f"task_ids takes one task per image, got {given} for a batch of {batch_size}. "
+                f"The model's tasks are {list(self.task_specs)}."
+            )
+        return ids
+
+    def _check_inputs(self, pixel_values: Any, image_embeddings: Any) -> int:
+        if (pixel_values is None) == (image_embeddings is None):
+            raise ValueError("Give exactly one of pixel_values and image_embeddings.")
+        if pixel_values is not None:
+            size = self.config.vision_config.image_size
+            expected = (self.config.vision_config.num_channels, size, size)
+            if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+                raise ValueError(
+                    f"pixel_values must have the shape (batch, {', '.join(map(str, expected))}), got "
+                    f"{tuple(pixel_values.shape)}. MSamProcessor brings images to that size."
+                )
+            return pixel_values.shape[0]
+        embeddings = image_embeddings if isinstance(image_embeddings, Mapping) else {"": image_embeddings}
+        return self._check_embeddings(embeddings)
+
+    def _check_embeddings(self, embeddings: Mapping[str, torch.Tensor]) -> int:
+        grid = self.config.grid_size
+        expected = (self.config.vision_config.output_channels, grid, grid)
+        for name, embedding in embeddings.items():
+            if embedding.ndim != 4 or tuple(embedding.shape[1:]) != expected:
+                where = f"image_embeddings['{name}']" if name else "image_embeddings"
+                raise ValueError(
+                    f"{where} must have the shape (batch, {', '.join(map(str, expected))}), got "
+                    f"{tuple(embedding.shape)}."
+                )
+        sizes = {name: embedding.shape[0] for name, embedding in embeddings.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"image_embeddings must have one batch size, got {sizes}.")
+        return next(iter(sizes.values()))
+
+    def _check_labels(self, labels: Any, batch_size: int) -> None:
+        if labels is None:
+            return
+        if not isinstance(labels, Mapping):
+            raise ValueError(f"labels must be a dict {{task: tensor}}, got {type(labels).__name__}.")
+        for name, label in labels.items():
+            if name not in self.task_specs:
+                raise ValueError(f"labels of an unknown task '{name}'. The model's tasks are {list(self.task_specs)}.")
+            check_labels(name, self.task_specs[name], label, batch_size)
+
+
+def _checked_image_size(image_size: int | None, vision_config: Any) -> int:
+    size, patch = vision_config.image_size if image_size is None else image_size, vision_config.patch_size
+    if not isinstance(size, int) or isinstance(size, bool) or size < patch or size % patch:
+        raise ValueError(f"`image_size` must be a positive multiple of the patch size {patch}, got {size!r}.")
+    return size

@@ -1,0 +1,358 @@
+"""Images and label maps on their way into an mSAM, and predictions on their way out.
+
+Images go through transformers' own SAM image processor: the longest side is resized to the model's image size, the
+values are normalised, and zeros fill up the square at the bottom and on the right. Label maps follow them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, SamImageProcessorPil
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+
+from ..losses import check_labels, resize_logits
+from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
+
+Size = tuple[int, int]
+
+# Below this share of labelled pixels in the mean, what is left is rounding.
+_MIN_VALID = 1e-6
+
+
+class MSamBatch(BatchFeature):
+    """A processed batch. Unlike its base class, ``to`` moves the label maps too (it does not change their type)."""
+
+    def to(self, *args: Any, **kwargs: Any) -> MSamBatch:
+        """Move everything to a device, and the images to a floating point type."""
+        super().to(*args, **kwargs)
+        device = self["pixel_values"].device
+        if "labels" in self:
+            self["labels"] = {name: labels.to(device) for name, labels in self["labels"].items()}
+        return self
+
+
+class MSamProcessor:
+    """Prepares images and label maps for an mSAM, and its logits for use.
+
+    Args:
+        image_size: Side S of the model's square input, in pixels.
+        tasks: The tasks, as [`parse_tasks`] takes them; needed for labels and for ``post_process``.
+        image_mean: Mean of each of the three colours, of values in [0, 1]; default: ImageNet's, which is SAM's.
+        image_std: Their standard deviation.
+
+    Raises:
+        ValueError: If the image size is not a positive integer or a task is not possible.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        tasks: Tasks | None = None,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+    ) -> None:
+        if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
+            raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
+        self.image_size = image_size
+        self.tasks = None if tasks is None else parse_tasks(tasks)
+        self.image_mean = list(SamImageProcessorPil.image_mean if image_mean is None else image_mean)
+        self.image_std = list(SamImageProcessorPil.image_std if image_std is None else image_std)
+        self._images = SamImageProcessorPil(
+            size={"longest_edge": image_size},
+            pad_size={"height": image_size, "width": image_size},
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+        )
+
+    @classmethod
+    def from_model(cls, msam: Any) -> MSamProcessor:
+        """The processor for an ``MSamForMultiTask``, or for a PEFT model around one."""
+        return cls(msam.config.vision_config.image_size, tasks=msam.config.tasks or None)
+
+    def __call__(self, images: Any, labels: Any = None, return_tensors: str = "pt") -> MSamBatch:
+        """Process a batch.
+
+        Args:
+            images: One image or a list of them, of any sizes: PIL images, uint8 arrays (H, W, 3), or float arrays or
+                tensors (3, H, W) in [0, 1].
+            labels: For each image a dict ``{task: label map}`` at the image's own resolution: (H, W) classes, or
+                (C, H, W) values ((H, W) for one channel). A task that is missing or None is unlabelled there.
+            return_tensors: Only "pt".
+
+        Returns:
+            ``pixel_values`` (B, 3, S, S), ``original_sizes`` and ``reshaped_input_sizes`` (B, 2), height first, and
+            with labels ``labels``: ``{task: (B, S, S) int64 or (B, C, S, S) float32}``, all unlabelled in the padding.
+
+        Raises:
+            ValueError: If an image or a label map has another shape, type or range, or belongs to no task.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"MSamProcessor makes PyTorch tensors (return_tensors='pt'), got {return_tensors!r}")
+        single = not isinstance(images, list | tuple)
+        arrays = [image_array(image) for image in ([images] if single else images)]
+        if not arrays:
+            raise ValueError("expected at least one image, got an empty list")
+        batch = MSamBatch(dict(self._images(arrays, input_data_format="channels_last", return_tensors="pt")))
+        for key in ("original_sizes", "reshaped_input_sizes"):
+            batch[key] = torch.as_tensor(np.asarray(batch[key]), dtype=torch.long)
+        if labels is not None:
+            rows = [labels] if isinstance(labels, Mapping) else list(labels)
+            batch["labels"] = self._label_batch(rows, batch["original_sizes"].tolist())
+        return batch
+
+    def post_process(
+        self, output: Any, target_sizes: Any, tasks: Sequence[str] | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Predictions at the images' own resolution, see [`post_process`].
+
+        Args:
+            output: An mSAM's output; its ``logits`` and ``image_index`` are read.
+            target_sizes: (height, width) of each image, (B, 2).
+            tasks: The tasks wanted; default: all that the output has.
+        """
+        logits = output.logits
+        if tasks is not None:
+            missing = [name for name in tasks if name not in logits]
+            if missing:
+                raise ValueError(f"the output has no logits for {missing}, only for {list(logits)}")
+            logits = {name: logits[name] for name in tasks}
+        image_index = getattr(output, "image_index", None)
+        return post_process(logits, self._tasks(), target_sizes, self.image_size, image_index)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write ``preprocessor_config.json`` into a directory, which is made if need be."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / IMAGE_PROCESSOR_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs: Any) -> MSamProcessor:
+        """Read what ``save_pretrained`` wrote.
+
+        Args:
+            pretrained_model_name_or_path: A directory, or a repository of the Hub.
+            **hub_kwargs: For the download: ``revision``, ``token``, ``cache_dir``, ...
+
+        Raises:
+            OSError: If there is no such file.
+            ValueError: If it belongs to another processor.
+        """
+        path = cached_file(pretrained_model_name_or_path, IMAGE_PROCESSOR_NAME, **hub_kwargs)
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        kind = values.pop("image_processor_type", None)
+        if kind != cls.__name__:
+            raise ValueError(f"{path} is of a {kind}, not of an {cls.__name__}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The processor as JSON has it."""
+        return {
+            "image_processor_type": type(self).__name__,
+            "image_size": self.image_size,
+            "tasks": None if self.tasks is None else tasks_to_list(self.tasks),
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+        }
+
+    def _tasks(self) -> dict[str, TaskSpec]:
+        if self.tasks is None:
+            raise ValueError("this MSamProcessor knows no tasks: make it with tasks=... or MSamProcessor.from_model")
+        return self.tasks
+
+    def _label_batch(self, rows: list[Mapping[str, Any]], sizes: list[list[int]]) -> dict[str, Tensor]:
+        tasks = self._tasks()
+        if len(rows) != len(sizes):
+            raise ValueError(f"got {len(sizes)} images and labels for {len(rows)}")
+        for position, row in enumerate(rows):
+            unknown = [name for name in row if name not in tasks]
+            if unknown:
+                raise ValueError(f"labels of image {position}: unknown tasks {unknown}, the tasks are {list(tasks)}")
+        return {
+            name: torch.stack(
+                [
+                    self._square_label(spec, label_tensor(name, spec, row.get(name), tuple(size)))
+                    for row, size in zip(rows, sizes, strict=True)
+                ]
+            )
+            for name, spec in tasks.items()
+        }
+
+    def _square_label(self, spec: TaskSpec, label: Tensor) -> Tensor:
+        height, width = reshaped_size(label.shape[-2:], self.image_size)
+        label = resize_label(spec, label, (height, width))
+        return F.pad(label, (0, self.image_size - width, 0, self.image_size - height), value=spec.padding)
+
+
+def reshaped_size(size: Sequence[int], image_size: int) -> Size:
+    """(height, width) of an image whose longest side was resized to ``image_size``, as SAM's processor rounds it."""
+    scale = image_size * 1.0 / max(size)
+    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+
+
+def image_array(image: Any) -> np.ndarray:
+    """An image as uint8 (H, W, 3).
+
+    Args:
+        image: A PIL image, a uint8 array (H, W, 3) or (H, W), or a float array or tensor (3, H, W) in [0, 1]. Either
+            order of the dimensions is accepted for both types where only one fits.
+
+    Raises:
+        ValueError: For another shape, type or range.
+    """
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+    image = np.asarray(image)
+    floating = np.issubdtype(image.dtype, np.floating)
+    if not floating and image.dtype != np.uint8:
+        raise ValueError(f"an image array must hold uint8, or floats in [0, 1]; got {image.dtype}")
+    image = _channels_last(image, first=floating)
+    if not floating:
+        return image
+    if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
+        raise ValueError(f"a float image must be in [0, 1], got values from {image.min():g} to {image.max():g}")
+    # SAM's processor resizes in 8 bits in any case.
+    return np.rint(image * 255).astype(np.uint8)
+
+
+def label_tensor(name: str, spec: TaskSpec, label: Any, size: Size) -> Tensor:
+    """One image's label map in the form that losses and metrics take, every unlabelled pixel being ``spec.padding``.
+
+    Args:
+        name: The task's name, for messages.
+        spec: The task.
+        label: Array, tensor or PIL image (H, W) or (C, H, W), or None for an unlabelled image.
+        size: (H, W) of the image.
+
+    Returns:
+        int64 (H, W) for class maps, float32 (C, H, W) otherwise.
+
+    Raises:
+        ValueError: If the map has another size or type, or holds a label that is not possible.
+    """
+    is_map = spec.task_kind.layout == "map"
+    shape = tuple(size) if is_map else (spec.num_channels, *size)
+    dtype = torch.int64 if is_map else torch.float32
+    if label is None:
+        return torch.full(shape, spec.padding, dtype=dtype)
+    label = label.detach().cpu() if isinstance(label, Tensor) else torch.from_numpy(np.array(label))
+    if label.ndim == 3 and label.shape[0] == 1 and is_map:
+        label = label[0]
+    if label.ndim == 2 and shape[0] == 1 and not is_map:
+        label = label[None]
+    if tuple(label.shape) != shape:
+        raise ValueError(f"label of task {name!r}: expected shape {shape} for its image, got {tuple(label.shape)}")
+    if is_map and label.is_floating_point():
+        raise ValueError(f"label of task {name!r}: a {spec.kind} task needs integer classes, got {label.dtype}")
+    label = label.to(dtype)
+    check_labels(name, spec, label[None], batch_size=1)
+    return torch.where(_labelled(spec, label), label, torch.tensor(spec.padding, dtype=dtype))
+
+
+def resize_label(spec: TaskSpec, label: Tensor, size: Size) -> Tensor:
+    """A label map from [`label_tensor`] at another resolution.
+
+    Classes and masks take the nearest pixel. Other values are the mean (a triangle filter, as for the image) over the
+    labelled pixels alone, so that holes neither bleed into their surroundings nor grow; a pixel without any labelled
+    one under the filter is unlabelled. Directions are normalised again.
+
+    Args:
+        spec: The task.
+        label: (H, W) or (C, H, W).
+        size: The wanted (height, width).
+    """
+    if tuple(label.shape[-2:]) == tuple(size):
+        return label
+    if spec.task_kind.resample == "nearest":
+        return _nearest(label, size)
+    labelled = _labelled(spec, label)
+    weight = _triangle(labelled.to(label.dtype)[None], size)
+    mean = _triangle(torch.where(labelled, label, 0), size) / weight.clamp(min=_MIN_VALID)
+    valid = weight > _MIN_VALID
+    if spec.task_kind.is_direction:
+        length = mean.norm(dim=0, keepdim=True)
+        # Opposite directions cancel out: nothing is known there.
+        valid = valid & (length > _MIN_VALID)
+        mean = mean / length.clamp(min=_MIN_VALID)
+    return torch.where(valid, mean, torch.tensor(spec.padding, dtype=label.dtype))
+
+
+def post_process(
+    logits: Mapping[str, Tensor],
+    specs: Mapping[str, TaskSpec],
+    target_sizes: Any,
+    image_size: int,
+    image_index: Mapping[str, Tensor] | None = None,
+) -> list[dict[str, Tensor]]:
+    """Predictions at the images' own resolution: the logits are enlarged, freed of the padding, and activated.
+
+    Args:
+        logits: ``{task: (B_t, N_t, h, w)}`` of the padded square.
+        specs: ``{task: TaskSpec}`` for at least these tasks.
+        target_sizes: (height, width) of each image, (B, 2).
+        image_size: Side S of the model's input.
+        image_index: ``{task: (B_t,)}``, the image that each row of the logits belongs to; default: B_t = B, in order.
+
+    Returns:
+        For each image ``{task: prediction}``: semantic and parts (H, W) classes, int64; binary (H, W) probability;
+        depth (H, W) metres, not negative; normals (3, H, W) of unit length; regression (C, H, W).
+
+    Raises:
+        ValueError: If a task is unknown or its logits are not as many as the images.
+    """
+    sizes = [tuple(int(side) for side in size) for size in target_sizes]
+    predictions: list[dict[str, Tensor]] = [{} for _ in sizes]
+    for name, task_logits in logits.items():
+        if name not in specs:
+            raise ValueError(f"logits of an unknown task {name!r}, the tasks are {list(specs)}")
+        images = range(len(sizes)) if image_index is None else [int(index) for index in image_index[name]]
+        if len(task_logits) != len(images):
+            raise ValueError(f"task {name!r} has logits for {len(task_logits)} images, expected {len(images)}")
+        for row, image in zip(task_logits, images, strict=True):
+            restored = _restore(row[None], sizes[image], image_size)
+            predictions[image][name] = specs[name].task_kind.activation(restored)[0]
+    return predictions
+
+
+def _restore(logits: Tensor, size: Size, image_size: int) -> Tensor:
+    """Logits (1, N, h, w) of the padded square as (1, N, H, W) of the image, in the two steps of SAM's processor."""
+    height, width = reshaped_size(size, image_size)
+    return resize_logits(resize_logits(logits, (image_size, image_size))[..., :height, :width], size)
+
+
+def _channels_last(image: np.ndarray, first: bool) -> np.ndarray:
+    """(H, W, 3) from (H, W), (3, H, W) or (H, W, 3); ``first`` says which one is meant where both are possible."""
+    if image.ndim == 2:
+        return np.stack([image] * 3, axis=-1)
+    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]) or 0 in image.shape:
+        raise ValueError(f"an image must have shape (H, W, 3) or (3, H, W), got {image.shape}")
+    channels_first = image.shape[0] == 3 if first else image.shape[-1] != 3
+    return np.moveaxis(image, 0, -1) if channels_first else image
+
+
+def _labelled(spec: TaskSpec, label: Tensor) -> Tensor:
+    return spec.task_kind.labelled(label, spec.ignore_index)
+
+
+def _nearest(label: Tensor, size: Size) -> Tensor:
+    """The pixel under each new pixel's centre, as PIL has it; exact for integers."""
+    rows, columns = (
+        ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
+        for new, old in zip(size, label.shape[-2:], strict=True)
+    )
+    return label[..., rows[:, None], columns]
+
+
+def _triangle(values: Tensor, size: Size) -> Tensor:
+    return F.interpolate(values[None], size=tuple(size), mode="bilinear", align_corners=False, antialias=True)[0]

@@ -1,0 +1,69 @@
+"""What an adapter's configuration takes over from an mSAM, and checks against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.config import PeftConfig
+from torch import nn
+
+MSAM_MODEL_TYPE = "msam"
+
+
+def is_msam(model: nn.Module) -> bool:
+    """Whether `model` is an MSamForMultiTask."""
+    return getattr(getattr(model, "config", None), "model_type", None) == MSAM_MODEL_TYPE
+
+
+def default_modules_to_save(msam: nn.Module) -> list[str]:
+    """Full names of what is trained beside an adapter: no-mask embeddings, mask decoders, encoder LayerNorms.
+
+    These are the parts of mSAM that the paper trains (arXiv 2403.10971, section 3.1); the neck's norms stay frozen. Pass the
+    list to PEFT's own configurations: `LoraConfig(target_modules=["qkv"],
+    modules_to_save=default_modules_to_save(msam))`.
+    """
+    if not is_msam(msam):
+        raise ValueError(f"default_modules_to_save needs an MSamForMultiTask, got {type(msam).__name__}.")
+    names = [f"{part}.{task}" for task in msam.config.task_names for part in ("no_mask_embeds", "mask_decoders")]
+    for index in range(len(msam.vision_encoder.layers)):
+        names += [f"vision_encoder.layers.{index}.layer_norm{number}" for number in (1, 2)]
+    return names
+
+
+def msam_fields(config: Any) -> dict[str, Any]:
+    """What a saved adapter has to know to build the mSAM again from its SAM."""
+    return {
+        "tasks": [dict(task) for task in config.tasks],
+        "channel_mode": config.channel_mode,
+        "image_size": config.vision_config.image_size,
+    }
+
+
+def prepare_for_msam(peft_config: PeftConfig, model: nn.Module) -> None:
+    """Fill `tasks`, `modules_to_save` and `msam` from an mSAM where they are None; refuse what contradicts it."""
+    if not is_msam(model):
+        if peft_config.msam is not None:
+            raise ValueError(
+                f"The adapter was made for an MSamForMultiTask with the tasks "
+                f"{[task['name'] for task in peft_config.msam['tasks']]}, but the model is a {type(model).__name__}. "
+                "Load it with MSamForMultiTask.from_adapter(...)."
+            )
+        return
+    if hasattr(peft_config, "tasks"):
+        if peft_config.tasks is None:
+            peft_config.tasks = list(model.config.task_names)
+        _check_same_tasks("the adapter", peft_config.tasks, model)
+    if peft_config.msam is not None:
+        _check_same_tasks("the saved adapter", [task["name"] for task in peft_config.msam["tasks"]], model)
+    else:
+        peft_config.msam = msam_fields(model.config)
+    if peft_config.modules_to_save is None:
+        peft_config.modules_to_save = default_modules_to_save(model)
+
+
+def _check_same_tasks(whose: str, tasks: list[str], model: nn.Module) -> None:
+    if list(tasks) != list(model.config.task_names):
+        raise ValueError(
+            f"The tasks of {whose}, {list(tasks)}, are not those of the model, {list(model.config.task_names)}, in the "
+            "same order."
+        )

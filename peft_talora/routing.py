@@ -1,0 +1,265 @@
+"""Which task each sample of a forward belongs to.
+
+All tuned layers of one model share a [`TaskRouter`]. It holds the active task of every adapter (`set_task`, seen by all
+threads) and, for the duration of one `with` block or one forward, an override that only the current thread sees
+(`use_task`, `task_ids=`). Layers ask the router; nothing is written on the layers themselves, so an exception inside a
+forward leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# One task for all samples (a name or an index), or one task per sample (names or indices, or a LongTensor (B,)).
+Task = str | int
+TaskRequest = Task | Sequence[Task] | torch.Tensor
+
+_LIVE_ROUTERS: weakref.WeakSet[TaskRouter] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """The tasks of one forward: per adapter an index for all samples, or a LongTensor (B,) of one index per sample.
+
+    `source` is the request as the caller gave it, `recomputing` is set while activation checkpointing replays a
+    forward.
+    """
+
+    by_adapter: dict[str, int | torch.Tensor]
+    source: Any = None
+    recomputing: bool = False
+
+
+class _ThreadRouting(threading.local):
+    """The current thread's override; `__init__` runs in every thread that looks at it."""
+
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+
+
+class TaskRouter:
+    """Routes the samples of a forward to tasks, for all adapters of one model.
+
+    Attributes:
+        tasks (`dict[str, tuple[str, ...]]`): The ordered task names of each adapter.
+        active (`dict[str, int]`): The index of each adapter's active task.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, tuple[str, ...]] = {}
+        self.active: dict[str, int] = {}
+        self._thread = _ThreadRouting()
+        _LIVE_ROUTERS.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what a thread is doing right now belongs to neither a copy nor a file
+        return {"tasks": dict(self.tasks), "active": dict(self.active)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+        self.__dict__.update(copy.deepcopy(state))
+
+    @property
+    def override(self) -> Routing | None:
+        """The routing of the current `with` block or forward in this thread, or None."""
+        return self._thread.routing
+
+    def add(self, adapter_name: str, tasks: Sequence[str]) -> None:
+        """Register an adapter; its first task becomes active. Registering the same tasks again changes nothing."""
+        tasks = tuple(tasks)
+        if self.tasks.get(adapter_name) != tasks:
+            self.tasks[adapter_name] = tasks
+            self.active[adapter_name] = 0
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop an adapter that was deleted."""
+        self.tasks.pop(adapter_name, None)
+        self.active.pop(adapter_name, None)
+
+    def task_of(self, adapter_name: str) -> int | torch.Tensor:
+        """The task index, or the LongTensor (B,) of task indices, that `adapter_name` has to use now."""
+        routing = self._thread.routing
+        if routing is None:
+            return self.active[adapter_name]
+        if adapter_name not in routing.by_adapter:
+            raise ValueError(
+                f"The requested task {routing.source!r} is not one of adapter '{adapter_name}', which knows the tasks "
+                f"{list(self.tasks[adapter_name])}."
+            )
+        return routing.by_adapter[adapter_name]
+
+    def resolve(self, request: TaskRequest, device: torch.device | None = None) -> Routing:
+        """Translate a task request for every adapter that knows it.
+
+        Raises:
+            ValueError: No adapter knows the task(s), naming the known ones; or the ids are no (B,) integers.
+        """
+        by_adapter, first_error = {}, None
+        for adapter_name, tasks in self.tasks.items():
+            try:
+                by_adapter[adapter_name] = resolve_task(request, tasks, device)
+            except ValueError as error:
+                first_error = first_error or error
+        if not by_adapter and first_error is not None:
+            raise first_error
+        return Routing(by_adapter, source=request)
+
+    def set_active(self, task: Task) -> None:
+        """Make `task` the active one of every adapter that knows it."""
+        routing = self.resolve(task)
+        self.active.update(routing.by_adapter)
+
+    @contextmanager
+    def using(self, routing: Routing | None) -> Iterator[None]:
+        """Use `routing` in this thread inside the `with` block."""
+        previous = self._thread.routing
+        self._thread.routing = routing
+        try:
+            yield
+        finally:
+            self._thread.routing = previous
+
+    def snapshot(self) -> Routing:
+        """Everything that decides the tasks of a forward now, to replay it later under activation checkpointing."""
+        if self.override is not None:
+            return Routing(self.override.by_adapter, self.override.source, recomputing=True)
+        return Routing(dict(self.active), recomputing=True)
+
+
+def task_index(task: Task, tasks: Sequence[str]) -> int:
+    """The index of `task` (a name or an index) in `tasks`. Raises ValueError naming the known tasks."""
+    if isinstance(task, str):
+        if task not in tasks:
+            raise ValueError(f"Unknown task '{task}'. The known tasks are {list(tasks)}.")
+        return tasks.index(task)
+    if isinstance(task, bool) or not isinstance(task, int):
+        raise ValueError(f"A task is a name or an index, got {task!r} ({type(task).__name__}). Known: {list(tasks)}.")
+    if not 0 <= task < len(tasks):
+        raise ValueError(f"Task index {task} is out of range for the {len(tasks)} known tasks {list(tasks)}.")
+    return task
+
+
+def resolve_task(request: TaskRequest, tasks: Sequence[str], device: torch.device | None = None) -> int | torch.Tensor:
+    """An index for one task, a LongTensor (B,) for one task per sample.
+
+    Args:
+        request: A name or an index; or B of them; or an integer tensor (B,), or () for one task.
+        tasks: The ordered task names.
+        device: Where the LongTensor goes; None leaves a tensor where it is.
+    """
+    if isinstance(request, str | int):
+        return task_index(request, tasks)
+    if isinstance(request, torch.Tensor):
+        return _check_id_tensor(request, tasks).to(device=device, dtype=torch.long)
+    if isinstance(request, Sequence):
+        return torch.tensor([task_index(_as_python(t), tasks) for t in request], dtype=torch.long, device=device)
+    raise ValueError(
+        f"Tasks are given as a name, an index, a list of these or an integer tensor (B,), got {type(request).__name__}. "
+        f"The known tasks are {list(tasks)}."
+    )
+
+
+def _as_python(task: Any) -> Any:
+    return task.item() if isinstance(task, torch.Tensor) and task.ndim == 0 else task
+
+
+def _check_id_tensor(ids: torch.Tensor, tasks: Sequence[str]) -> torch.Tensor:
+    if ids.ndim != 1:
+        raise ValueError(f"task_ids must have the shape (batch,), got {tuple(ids.shape)}. Known tasks: {list(tasks)}.")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"task_ids must be integers, got {ids.dtype}. The known tasks are {list(tasks)}.")
+    # inside a compiled graph a look at the values would break the graph; there torch reports a bad index itself
+    if not torch.compiler.is_compiling() and ids.numel() and ids.device.type != "meta":
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= len(tasks):
+            raise ValueError(
+                f"Task index {low if low < 0 else high} is out of range for the {len(tasks)} known tasks {list(tasks)}."
+            )
+    return ids
+
+
+def check_batch_size(routing: Routing | None, batch_size: int) -> None:
+    """Raise ValueError when a per-sample routing is not for `batch_size` samples."""
+    if routing is None:
+        return
+    for ids in routing.by_adapter.values():
+        if isinstance(ids, torch.Tensor) and ids.shape[0] != batch_size:
+            raise ValueError(
+                f"task_ids names the tasks of {ids.shape[0]} samples, but the batch has {batch_size}: one id per sample."
+            )
+
+
+def find_routers(model: nn.Module) -> list[TaskRouter]:
+    """The task routers of all tuned layers in `model`, each once."""
+    routers: list[TaskRouter] = []
+    for module in model.modules():
+        router = getattr(module, "task_router", None)
+        if isinstance(router, TaskRouter) and not any(router is known for known in routers):
+            routers.append(router)
+    return routers
+
+
+def _require_routers(model: nn.Module) -> list[TaskRouter]:
+    routers = find_routers(model)
+    if not routers:
+        raise ValueError(f"{type(model).__name__} has no task-aware adapter layer: there is no task to choose.")
+    return routers
+
+
+def set_task(model: nn.Module, task: Task) -> None:
+    """Make `task` the active one of all task-aware adapters in `model`, until the next call.
+
+    Args:
+        model: A PeftModel, or a model with adapters made by `inject_adapter_in_model` or transformers' `add_adapter`.
+        task: The task's name or index.
+
+    Raises:
+        ValueError: Unknown task (names the known ones), or no task-aware layer in `model`.
+    """
+    if not isinstance(task, str | int):
+        raise ValueError(f"set_task takes one task name or index, got {task!r}; use use_task for one task per sample.")
+    for router in _require_routers(model):
+        router.set_active(task)
+
+
+@contextmanager
+def use_task(model: nn.Module, task: TaskRequest) -> Iterator[None]:
+    """Use `task` inside the `with` block, in this thread only.
+
+    Args:
+        model: As in [`set_task`].
+        task: One task for all samples (name or index), or one per sample (list, or LongTensor (B,)).
+    """
+    with ExitStack() as stack:
+        for router in _require_routers(model):
+            stack.enter_context(router.using(router.resolve(task)))
+        yield
+
+
+def checkpoint_context() -> tuple[Any, Any]:
+    """The `context_fn` for `torch.utils.checkpoint.checkpoint`: the replay uses the tasks of the forward.
+
+    Example:
+        ```py
+        checkpoint(block, x, use_reentrant=False, context_fn=peft_talora.checkpoint_context)
+        ```
+    """
+    snapshots = [(router, router.snapshot()) for router in list(_LIVE_ROUTERS)]
+
+    @contextmanager
+    def replay() -> Iterator[None]:
+        with ExitStack() as stack:
+            for router, routing in snapshots:
+                stack.enter_context(router.using(routing))
+            yield
+
+    return nullcontext(), replay()

@@ -1,0 +1,147 @@
+"""Configuration of TA-LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from ..config_checks import check_positive_int, check_probability, normalise_targets
+from ..registration import add_peft_type
+from ..task_names import validate_task_names
+
+INIT_WEIGHTS = (True, False, "orthogonal", "normalized")
+
+
+@dataclass
+class TALoraConfig(PeftConfig):
+    """Configuration of a [`TALoraModel`]: one Tucker-factorised update tensor per layer for all tasks.
+
+    The method is described in https://huggingface.co/papers/2403.10971 (section 3.2).
+
+    Args:
+        tasks (`list[str]`, *optional*):
+            The ordered task names: unique Python identifiers. Row t of U3 belongs to task t. Taken from the model when
+            it is an `MSamForMultiTask` and this is None; required for every other model.
+        r (`int`): The rank of the input and the output factor, where `r_in` and `r_out` do not say otherwise.
+        r_in (`int`, *optional*): The rank p of the input factor U1.
+        r_out (`int`, *optional*): The rank q of the output factor U2.
+        r_task (`int`): The rank v of the task factor U3.
+        scaling (`float`): The constant s that the update is multiplied with (not alpha / r).
+        talora_dropout (`float`): Dropout probability of the adapter's input.
+        enable_qkv (`list[bool]`, *optional*):
+            Three booleans for a fused q/k/v projection: which thirds of its output are updated. None updates the
+            whole output, of any layer.
+        init_weights (`bool` or `str`):
+            `True` is the published start (U1, U2, U3 ~ N(0, 1), G zero). "orthogonal" starts from U1 and U2 with
+            orthonormal columns, "normalized" scales U1, U2 and U3 so that the same optimiser step moves the weight as
+            much as in LoRA of the same rank and scaling; G is zero in both. `False` leaves nothing zero (for tests).
+        ortho_reg_weight (`float`):
+            Weight of the orthogonality regulariser (MTSAM), see [`auxiliary_loss`]. 0 switches it off.
+        target_modules (`list[str]` or `str`, *optional*):
+            Names of the modules to adapt, or a regular expression. The fused `qkv` of the vision encoder for SAM
+            models when None.
+        exclude_modules (`list[str]` or `str`, *optional*): Names or a regular expression of modules to leave alone.
+        layers_to_transform (`list[int]` or `int`, *optional*): Adapt only the layers with these indices.
+        layers_pattern (`list[str]` or `str`, *optional*): The name of the layers' list, where it is uncommon.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules that are trained in full and saved. None means for an `MSamForMultiTask` its no-mask
+            embeddings, mask decoders and encoder LayerNorms, and nothing for other models; [] means none.
+        msam (`dict`, *optional*):
+            What an `MSamForMultiTask` needs to be built again from its SAM. Filled by `get_peft_model`.
+
+    Raises:
+        ValueError: A value is out of its range; the message names it.
+    """
+
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The ordered task names, unique Python identifiers. Taken from the model when it is an "
+                "MSamForMultiTask, required for every other model."
+            )
+        },
+    )
+    r: int = field(default=32, metadata={"help": "The rank of U1 and U2 unless r_in or r_out is given."})
+    r_in: int | None = field(default=None, metadata={"help": "The rank p of the input factor U1; r when None."})
+    r_out: int | None = field(default=None, metadata={"help": "The rank q of the output factor U2; r when None."})
+    r_task: int = field(default=4, metadata={"help": "The rank v of the task factor U3."})
+    scaling: float = field(default=0.5, metadata={"help": "The constant s that the update is multiplied with."})
+    talora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
+    enable_qkv: list[bool] | None = field(
+        default=None,
+        metadata={"help": "For a fused q/k/v projection: three booleans, which thirds of the output are updated."},
+    )
+    init_weights: bool | str = field(
+        default=True,
+        metadata={
+            "help": (
+                "True: the published start. 'orthogonal': U1 and U2 with orthonormal columns. 'normalized': factors "
+                "scaled so that a step moves the weight as much as in LoRA. False: nothing zero, for tests."
+            )
+        },
+    )
+    ortho_reg_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the orthogonality regulariser; 0 switches it off."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names or a regular expression of the modules to adapt; the fused qkv of SAM when None."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of the modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Adapt only the layers with these indices; target_modules must be a list then."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "The name of the layers' list, used only with layers_to_transform."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules that are trained in full and saved; for mSAM filled when None."},
+    )
+    msam: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What an MSamForMultiTask needs to be rebuilt; filled by get_peft_model."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("TALORA")
+        if self.tasks is not None:
+            self.tasks = list(validate_task_names(self.tasks))
+        for name in ("r", "r_task"):
+            check_positive_int(name, getattr(self, name))
+        for name in ("r_in", "r_out"):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name))
+        check_probability("talora_dropout", self.talora_dropout)
+        if self.ortho_reg_weight < 0:
+            raise ValueError(f"`ortho_reg_weight` must not be negative, got {self.ortho_reg_weight}.")
+        if not isinstance(self.init_weights, bool | str) or self.init_weights not in INIT_WEIGHTS:
+            raise ValueError(f"`init_weights` must be one of {INIT_WEIGHTS}, got {self.init_weights!r}.")
+        self._check_enable_qkv()
+        normalise_targets(self)
+
+    def _check_enable_qkv(self) -> None:
+        if self.enable_qkv is None:
+            return
+        flags = list(self.enable_qkv)
+        if len(flags) != 3 or not all(isinstance(flag, bool) for flag in flags):
+            raise ValueError(f"`enable_qkv` must be three booleans (q, k, v) or None, got {self.enable_qkv!r}.")
+        if not any(flags):
+            raise ValueError("`enable_qkv` must enable at least one of q, k and v, got three times False.")
+        self.enable_qkv = flags
+
+    @property
+    def rank_in(self) -> int:
+        """The rank p of U1."""
+        return self.r if self.r_in is None else self.r_in
+
+    @property
+    def rank_out(self) -> int:
+        """The rank q of U2."""
+        return self.r if self.r_out is None else self.r_out

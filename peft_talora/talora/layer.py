@@ -1,0 +1,334 @@
+"""The TA-LoRA layer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from torch.nn import functional as F
+
+from ..checkpointing import in_backward
+from ..routing import TaskRouter
+from .config import TALoraConfig
+
+
+class TALoraLayer(BaseTunerLayer):
+    """The factors of TA-LoRA for one linear layer, and what PEFT does with every tuner layer."""
+
+    # All names of layers that may contain (trainable) adapter weights
+    adapter_layer_names = ("talora_G", "talora_U1", "talora_U2", "talora_U3")
+    # All names of other parameters that may contain adapter-related parameters
+    other_param_names = ("r_in", "r_out", "r_task", "scaling", "talora_dropout", "enable_qkv", "ortho_reg_weight")
+
+    def __init__(self, base_layer: nn.Module, task_router: TaskRouter, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.task_router = task_router
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.r_in: dict[str, int] = {}
+        self.r_out: dict[str, int] = {}
+        self.r_task: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.enable_qkv: dict[str, list[bool] | None] = {}
+        self.ortho_reg_weight: dict[str, float] = {}
+        self.talora_dropout = nn.ModuleDict({})
+        self.talora_G = nn.ParameterDict({})
+        self.talora_U1 = nn.ParameterDict({})
+        self.talora_U2 = nn.ParameterDict({})
+        self.talora_U3 = nn.ParameterDict({})
+        # Mark the weight as unmerged
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # the task that each merged adapter was merged for
+        self.merged_tasks: dict[str, int] = {}
+        # flag to enable/disable casting of input to weight dtype during forward call
+        self.cast_input_dtype_enabled = True
+        self.kwargs = kwargs
+
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}.")
+        self.in_features, self.out_features = in_features, out_features
+
+    def update_layer(self, adapter_name: str, config: TALoraConfig, name: str = "") -> None:
+        """Add the factors of the adapter `adapter_name`.
+
+        Args:
+            adapter_name: The adapter's name.
+            config: The adapter's configuration; its `tasks` must be set.
+            name: The layer's full name in the model, for error messages.
+        """
+        num_enabled = self._num_enabled_outputs(config, name)
+        p, q, v = config.rank_in, config.rank_out, config.r_task
+        self.r_in[adapter_name] = p
+        self.r_out[adapter_name] = q
+        self.r_task[adapter_name] = v
+        self.scaling[adapter_name] = config.scaling
+        self.enable_qkv[adapter_name] = config.enable_qkv
+        self.ortho_reg_weight[adapter_name] = config.ortho_reg_weight
+        dropout = nn.Dropout(p=config.talora_dropout) if config.talora_dropout > 0.0 else nn.Identity()
+        self.talora_dropout.update(nn.ModuleDict({adapter_name: dropout}))
+        self.talora_G[adapter_name] = nn.Parameter(torch.zeros(p, q, v))
+        self.talora_U1[adapter_name] = nn.Parameter(torch.empty(self.in_features, p))
+        self.talora_U2[adapter_name] = nn.Parameter(torch.empty(num_enabled, q))
+        self.talora_U3[adapter_name] = nn.Parameter(torch.empty(len(config.tasks), v))
+        self.task_router.add(adapter_name, config.tasks)
+
+        self.reset_talora_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _num_enabled_outputs(self, config: TALoraConfig, name: str) -> int:
+        if config.enable_qkv is None:
+            return self.out_features
+        if self.out_features % 3:
+            raise ValueError(
+                f"`enable_qkv` is for a fused q/k/v projection of three equal parts, but the layer '{name}' has "
+                f"{self.out_features} output features, which is not divisible by 3."
+            )
+        return sum(config.enable_qkv) * (self.out_features // 3)
+
+    @torch.no_grad()
+    def reset_talora_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+        """Fill the factors as `TALoraConfig.init_weights` says."""
+        factors = [getattr(self, name)[adapter_name] for name in self.adapter_layer_names]
+        if any(factor.device.type == "meta" for factor in factors):
+            return
+        G, U1, U2, U3 = factors
+        nn.init.zeros_(G)
+        if init_weights is True:
+            for factor in (U1, U2, U3):
+                nn.init.normal_(factor)
+        elif init_weights == "orthogonal":
+            nn.init.orthogonal_(U1)
+            nn.init.orthogonal_(U2)
+            nn.init.normal_(U3)
+        else:
+            _normalized_init(U1, U2, U3)
+            if init_weights is False:
+                nn.init.normal_(G)
+
+    def ortho_norms(self, adapter_name: str) -> torch.Tensor:
+        """The 2 + v Frobenius norms of MTSAM's orthogonality term: of U1, U2 and every slice of G, each against I."""
+        U1, U2 = self.talora_U1[adapter_name], self.talora_U2[adapter_name]
+        G = self.talora_G[adapter_name].permute(2, 0, 1)
+        grams = [(U1.T @ U1)[None], (U2.T @ U2)[None], G.mT @ G]
+        return torch.cat([torch.linalg.matrix_norm(gram - _eye_like(gram)) for gram in grams])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.task_router.forget(adapter_name)
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _normalized_init(U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
+    """Scale the factors so that the first step of size lr on G moves dW as LoRA's first step of size lr on B does.
+
+    With A ~ U(-1/sqrt(d), 1/sqrt(d)) an entry of LoRA's dW moves by about s lr sqrt(r / (3 d)). In ours the step of
+    G[a,b,c] has the sign of U3[t,c], hence the sum over c does not average out, and an entry moves by about
+    s lr sqrt(p q) std(U1) std(U2) sum_c |U3[t,c]|. U1 gets the variance 1 / d, U3 rows of absolute sum 1, U2 the rest.
+    """
+    (d, p), q, v = U1.shape, U2.shape[1], U3.shape[1]
+    nn.init.normal_(U1, std=1.0 / math.sqrt(d))
+    nn.init.normal_(U2, std=math.sqrt(min(p, q) / (3.0 * p * q)))
+    nn.init.normal_(U3, std=math.sqrt(math.pi / 2.0) / v)
+
+
+def _eye_like(gram: torch.Tensor) -> torch.Tensor:
+    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+class TALoraLinear(nn.Module, TALoraLayer):
+    r"""A linear layer W0 (k x d) with one low-rank update tensor for T tasks (TA-LoRA, arXiv 2403.10971, section 3.2).
+
+    The update tensor is a Tucker product, dW = G x1 U1 x2 U2 x3 U3, of which task t sees the slice
+
+        dW_t[o, i] = s * sum_{a,b,c} G[a,b,c] U1[i,a] U2[o,b] U3[t,c]
+        y = W0 x + bias + dW_t dropout(x)
+
+    with G (p, q, v), U1 (d, p), U2 (k, q) and U3 (T, v). It is never built: with M_t = sum_c U3[t,c] G[:,:,c] (p, q),
+    one task costs two products, x (s U1 M_t) and that times U2^T, which is a LoRA of rank min(p, q); a batch of mixed
+    tasks multiplies x U1 of each sample with the M_t of its task.
+
+    Args:
+        base_layer: The linear layer to adapt (`nn.Linear`, or a quantised one that PEFT knows).
+        adapter_name: The adapter's name.
+        config: The adapter's configuration.
+        task_router: Says which tasks a forward is for; shared by all layers of a model.
+        name: The layer's full name, for error messages.
+
+    Shapes:
+        x: `(rows, ..., d)`; rows is the batch size B, or a multiple of it where a layer splits every sample into parts
+        that follow each other (SAM's windows). Returns `(rows, ..., k)`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: TALoraConfig,
+        task_router: TaskRouter,
+        name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        TALoraLayer.__init__(self, base_layer, task_router, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config, name=name)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            self._check_merged_tasks()
+            return self.base_layer(x, *args, **kwargs)
+
+        result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        result_dtype = result.dtype
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.talora_G:
+                x = self._cast_input_dtype(x, self.talora_U1[adapter_name].dtype)
+                result = result + self._update(adapter_name, self.talora_dropout[adapter_name](x))
+        return result.to(result_dtype)
+
+    def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """dW_t x, for the task of the whole batch or the task of each sample."""
+        self._check_replay(adapter_name)
+        task = self.task_router.task_of(adapter_name)
+        U2 = self._padded_U2(adapter_name)
+        if isinstance(task, int):
+            hidden = x @ (self.talora_U1[adapter_name] @ self._core(adapter_name, task))
+        else:
+            hidden = self._mixed_hidden(adapter_name, x, task.to(x.device))
+        return F.linear(hidden, U2)
+
+    def _core(self, adapter_name: str, task: int | torch.Tensor) -> torch.Tensor:
+        """s M_t: (p, q) for one task, (B, p, q) for one task per sample."""
+        G, U3 = self.talora_G[adapter_name], self.talora_U3[adapter_name]
+        rows = U3[task] * self.scaling[adapter_name]
+        if rows.ndim == 1:
+            return G @ rows
+        p, q, v = G.shape
+        return (rows @ G.reshape(p * q, v).T).reshape(-1, p, q)
+
+    def _mixed_hidden(self, adapter_name: str, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x U1 (s M_t) with the task t of each sample: (rows, ..., d) -> (rows, ..., q)."""
+        rows, batch = x.shape[0], ids.shape[0]
+        if rows % batch:
+            raise ValueError(
+                f"task_ids names the tasks of {batch} samples, but a layer sees {rows} rows, which is no multiple of "
+                f"it: one id per sample. The known tasks are {list(self.task_router.tasks[adapter_name])}."
+            )
+        U1 = self.talora_U1[adapter_name]
+        p, q = self.r_in[adapter_name], self.r_out[adapter_name]
+        # a sample's windows follow each other, so that its rows can be joined instead of repeating its id
+        hidden = (x @ U1).reshape(batch, -1, p) @ self._core(adapter_name, ids)
+        return hidden.reshape(*x.shape[:-1], q)
+
+    def _padded_U2(self, adapter_name: str) -> torch.Tensor:
+        """U2 with zero rows for the thirds of a fused q/k/v projection that are not enabled: (k, q)."""
+        U2, enabled = self.talora_U2[adapter_name], self.enable_qkv[adapter_name]
+        if enabled is None or all(enabled):
+            return U2
+        parts = iter(U2.chunk(sum(enabled)))
+        zeros = U2.new_zeros(self.out_features // 3, U2.shape[1])
+        return torch.cat([next(parts) if on else zeros for on in enabled])
+
+    def _check_replay(self, adapter_name: str) -> None:
+        """Refuse a replay by activation checkpointing that does not know the tasks of its forward."""
+        if torch.compiler.is_compiling() or not in_backward() or len(self.task_router.tasks[adapter_name]) == 1:
+            return
+        routing = self.task_router.override
+        if routing is None or not routing.recomputing:
+            raise RuntimeError(
+                "A checkpointed TA-LoRA layer runs again in backward without the tasks of its forward, which could "
+                "give the gradients of another task. Pass `use_reentrant=False, "
+                "context_fn=peft_talora.checkpoint_context` to torch.utils.checkpoint.checkpoint."
+            )
+
+    def _check_merged_tasks(self) -> None:
+        """Refuse a forward for another task than the one in the merged weights."""
+        for adapter_name in self.merged_adapters:
+            tasks = self.task_router.tasks[adapter_name]
+            merged, wanted = self.merged_tasks[adapter_name], self.task_router.task_of(adapter_name)
+            if isinstance(wanted, torch.Tensor):
+                if torch.compiler.is_compiling():
+                    continue
+                other = [tasks[i] for i in wanted.unique().tolist() if i != merged]
+            else:
+                other = [tasks[wanted]] if wanted != merged else []
+            if other:
+                raise ValueError(
+                    f"The adapter '{adapter_name}' is merged for the task '{tasks[merged]}', but the forward is for "
+                    f"{other}. Call unmerge_adapter() first, or use the task '{tasks[merged]}'."
+                )
+
+    def get_delta_weight(self, adapter: str, task: int | None = None) -> torch.Tensor:
+        """dW_t (k, d) of an adapter, for the task index `task`, or its active task.
+
+        Args:
+            adapter: The adapter's name.
+            task: The task's index; the adapter's active task when None.
+        """
+        if task is None:
+            task = self.task_router.active[adapter]
+        U1, U2 = self.talora_U1[adapter], self._padded_U2(adapter)
+        core, dtype = self._core(adapter, task), U1.dtype
+        # half precision products are slow, or missing, on CPUs
+        if U1.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            U1, U2, core = U1.float(), U2.float(), core.float()
+        return (U2 @ (U1 @ core).T).to(dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the active task's update of the active adapters into the base weight.
+
+        Args:
+            safe_merge: Check the merged weight for NaN and infinity before it replaces the base weight.
+            adapter_names: The adapters to merge; all active ones when None.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        for adapter_name in adapter_names:
+            if adapter_name not in self.talora_G:
+                continue
+            task = self.task_router.task_of(adapter_name)
+            if isinstance(task, torch.Tensor):
+                raise ValueError("Only one task can be merged: leave use_task(...) with one task per sample first.")
+            base_weight = self.get_base_weight()
+            merged = base_weight + self.get_delta_weight(adapter_name, task).to(base_weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+            self.set_base_weight(merged)
+            self.merged_adapters.append(adapter_name)
+            self.merged_tasks[adapter_name] = task
+
+    def unmerge(self) -> None:
+        """Take all merged updates out of the base weight."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            task = self.merged_tasks.pop(adapter_name)
+            if adapter_name in self.talora_G:
+                base_weight = self.get_base_weight()
+                delta = self.get_delta_weight(adapter_name, task).to(base_weight.dtype)
+                self.set_base_weight(base_weight - delta)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        # one LoRA holds one task; peft_talora.task_to_lora converts a task exactly
+        return len(self.task_router.tasks.get(adapter_name, ())) == 1
+
+    def __repr__(self) -> str:
+        return "talora." + super().__repr__()

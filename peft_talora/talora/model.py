@@ -1,0 +1,128 @@
+"""The TA-LoRA tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..msam_adapter import is_msam
+from ..routing import TaskRequest, TaskRouter, find_routers, set_task, use_task
+from ..task_hooks import add_task_hook, remove_task_hook
+from ..tuner import PluginTuner
+from .config import TALoraConfig
+from .layer import TALoraLayer, TALoraLinear
+
+
+class TALoraModel(PluginTuner):
+    """TA-LoRA (arXiv 2403.10971): one update tensor per layer, shared by all tasks and specific to each.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`TALoraConfig`]): The configuration of the TA-LoRA model.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Create empty adapter weights on the meta device.
+
+    Returns:
+        `torch.nn.Module`: The TA-LoRA model.
+
+    Example:
+        ```py
+        >>> from transformers import SamModel
+        >>> from peft import get_peft_model
+        >>> from peft_talora import TALoraConfig
+
+        >>> sam = SamModel.from_pretrained("facebook/sam-vit-base")
+        >>> model = get_peft_model(sam, TALoraConfig(tasks=["depth", "normals"]))
+        >>> model.set_task("normals")
+        >>> with model.use_task(["depth", "normals"]):  # one task per image
+        ...     embeddings = model.vision_encoder(pixel_values).last_hidden_state
+        ```
+
+    **Attributes**:
+        - **model** ([`~torch.nn.Module`]) -- The model to be adapted.
+        - **peft_config** ([`TALoraConfig`]): The configuration of the TA-LoRA model.
+    """
+
+    prefix: str = "talora_"
+    tuner_layer_cls = TALoraLayer
+    linear_layer_cls = TALoraLinear
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # before the layers are made: they share it, also with those of an earlier injection into the same model
+        routers = find_routers(model)
+        object.__setattr__(self, "_task_router", routers[0] if routers else TaskRouter())
+        super().__init__(model, *args, **kwargs)
+
+    @property
+    def task_router(self) -> TaskRouter:
+        """Says which task each sample of a forward belongs to."""
+        return self._task_router
+
+    def _prepare_model(self, peft_config: TALoraConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if not peft_config.tasks:
+            raise ValueError(
+                f"TALoraConfig.tasks is required for a {type(model).__name__}: the ordered names of the tasks, for "
+                'instance TALoraConfig(tasks=["depth", "normals"]). Only an MSamForMultiTask brings its own.'
+            )
+
+    def _layer_kwargs(self) -> dict[str, Any]:
+        return {"task_router": self.task_router}
+
+    def _add_hooks(self) -> None:
+        super()._add_hooks()
+        add_task_hook(self.model, self.task_router)
+
+    def _remove_hooks(self) -> None:
+        super()._remove_hooks()
+        remove_task_hook(self.model)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        # merged weights are those of one task; what belongs to the others would give wrong results with them
+        task = self._single_active_task() if merge and is_msam(self.model) else None
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        if task is not None:
+            model.keep_tasks([task])
+        return model
+
+    def _single_active_task(self) -> str:
+        tasks = {self.active_task} if isinstance(self.active_task, str) else set(self.active_task.values())
+        if len(tasks) != 1:
+            raise ValueError(f"Only one task can be merged, but the active adapters have the tasks {sorted(tasks)}.")
+        return tasks.pop()
+
+    def set_task(self, task: str | int) -> None:
+        """Make `task` (a name or an index) the active one until the next call."""
+        set_task(self.model, task)
+
+    def use_task(self, task: TaskRequest) -> AbstractContextManager[None]:
+        """Use `task` in a `with` block, in this thread: a name, an index, or one of these per sample."""
+        return use_task(self.model, task)
+
+    @property
+    def active_task(self) -> str | dict[str, str]:
+        """The name of the active task; with several active adapters the name for each of them."""
+        router = self.task_router
+        names = {a: router.tasks[a][router.active[a]] for a in self.active_adapters if a in router.tasks}
+        return next(iter(names.values())) if len(names) == 1 else names
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("Mixed adapter batches (`adapter_names`) are not supported by TA-LoRA yet.")
+        if task_ids is None:
+            yield
+            return
+        if isinstance(task_ids, str | int):
+            raise ValueError(f"task_ids takes one task per sample, got {task_ids!r}; use use_task for a single task.")
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        with self.task_router.using(self.task_router.resolve(task_ids, device)):
+            yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.model(*args, **kwargs)
