@@ -1,0 +1,197 @@
+"""Losses against plain loops over pixels, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peft_talora.losses import check_labels, task_loss
+from peft_talora.msam.tasks import TaskSpec
+
+SPECS = {
+    "semantic": TaskSpec("semantic", 4),
+    "parts": TaskSpec("parts", 3, ignore_index=1),
+    "binary": TaskSpec("binary"),
+    "depth": TaskSpec("depth"),
+    "normals": TaskSpec("normals"),
+    "regression": TaskSpec("regression", 2),
+}
+
+
+def make_labels(spec, height=7, width=5, seed=0):
+    """Labels of three images: partly labelled, barely labelled, not labelled."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, height, width)
+    known = torch.rand(shape, generator=generator) < torch.tensor([0.7, 0.1, 0.0])[:, None, None]
+    known[:2, 2, 3] = True
+    other = torch.rand(shape, generator=generator) < 0.5
+    if spec.task_kind.layout == "map":
+        classes = torch.randint(spec.num_channels, shape, generator=generator)
+        classes[known & (classes == spec.ignore_index)] = 0
+        return torch.where(known, classes, torch.where(other, -1, spec.ignore_index)), known
+    values = torch.rand((3, spec.num_channels, height, width), generator=generator, dtype=torch.float64) + 0.1
+    known_c, other_c = known[:, None], other[:, None]
+    if spec.kind == "binary":
+        values = (values > 0.8).double()
+        values[:2, :, 2, 3] = 1.0
+        return torch.where(known_c, values, torch.where(other_c, 255.0, torch.nan)), known
+    if spec.kind == "normals":
+        return torch.where(known_c, values - 0.5, torch.where(other_c, 0.0, torch.nan)), known
+    if spec.kind == "depth":
+        return torch.where(known_c, values, torch.where(other_c, -1.0, torch.inf)), known
+    return torch.where(known_c, values, torch.where(other_c, torch.nan, torch.inf)), known
+
+
+def pixel_reference(spec, logits, label, positive_weight):
+    """Loss of one pixel from lists of numbers."""
+    if spec.task_kind.layout == "map":
+        highest = max(logits)
+        return highest + math.log(sum(math.exp(x - highest) for x in logits)) - logits[int(label)]
+    if spec.kind == "binary":
+        probability = 1 / (1 + math.exp(-logits[0]))
+        return -(positive_weight * label[0] * math.log(probability) + (1 - label[0]) * math.log(1 - probability))
+    if spec.kind == "normals":
+        dot = sum(a * b for a, b in zip(logits, label, strict=True))
+        return 1 - dot / math.sqrt(sum(a * a for a in logits) * sum(b * b for b in label))
+    return sum(abs(a - b) for a, b in zip(logits, label, strict=True)) / len(logits)
+
+
+def reference(spec, logits, labels, known):
+    """Mean over labelled images of the mean over labelled pixels; logits are at the labels' resolution."""
+    images = []
+    for image in range(len(logits)):
+        pixels = [(y, x) for y in range(known.shape[1]) for x in range(known.shape[2]) if known[image, y, x]]
+        if not pixels:
+            continue
+        weight = None
+        if spec.kind == "binary":
+            positives = sum(float(labels[image, 0, y, x]) for y, x in pixels)
+            weight = min(max((len(pixels) - positives) / positives, 1.0), 20.0)
+        losses = [
+            pixel_reference(spec, logits[image, :, y, x].tolist(), labels[image, ..., y, x].tolist(), weight)
+            for y, x in pixels
+        ]
+        images.append(sum(losses) / len(losses))
+    return sum(images) / len(images)
+
+
+def make_logits(spec, height=7, width=5):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, spec.num_channels, height, width, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_against_loops(name):
+    spec = SPECS[name]
+    labels, known = make_labels(spec)
+    logits = make_logits(spec)
+    loss = task_loss(spec, logits, labels)
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(reference(spec, logits, labels, known), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_are_resized_to_the_labels(name):
+    spec = SPECS[name]
+    labels, known = make_labels(spec, 14, 9)
+    logits = make_logits(spec, 4, 3)
+    resized = F.interpolate(logits, size=(14, 9), mode="bilinear", align_corners=False)
+    assert task_loss(spec, logits, labels).item() == pytest.approx(reference(spec, resized, labels, known), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients(name):
+    spec = SPECS[name]
+    labels, _ = make_labels(spec, 6, 6)
+    logits = make_logits(spec, 3, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: task_loss(spec, x, labels), logits)
+    task_loss(spec, logits, labels).backward()
+    assert logits.grad[:2].abs().sum() > 0
+    assert logits.grad[2].eq(0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("name", SPECS)
+def test_nothing_labelled_is_exactly_zero(name, value):
+    spec = SPECS[name]
+    labels = make_labels(spec)[0][2:]
+    logits = torch.full((1, spec.num_channels, 3, 3), value, requires_grad=True)
+    loss = task_loss(spec, logits, labels)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_no_image_at_all(name):
+    spec = SPECS[name]
+    logits = torch.zeros(0, spec.num_channels, 3, 3, requires_grad=True)
+    loss = task_loss(spec, logits, make_labels(spec)[0][:0])
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_unlabelled_places_do_not_matter(name):
+    spec = SPECS[name]
+    labels, known = make_labels(spec)
+    logits = make_logits(spec)
+    wild = torch.where(known[:, None], logits, torch.inf).requires_grad_()
+    loss = task_loss(spec, wild, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(task_loss(spec, logits, labels).item(), abs=1e-12)
+    assert torch.isfinite(wild.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_computed_in_float32_at_least(dtype):
+    spec = TaskSpec("depth")
+    logits = torch.full((1, 1, 300, 300), 2.0, dtype=dtype)
+    loss = task_loss(spec, logits, torch.full((1, 1, 300, 300), 1.0))
+    assert loss.dtype == torch.float32
+    assert loss.item() == 1.0
+
+
+def test_rare_positives_weigh_more():
+    labels = torch.zeros(1, 1, 10, 10)
+    labels[..., 0, :2] = 1  # 98 negatives: the ratio of 49 is cut at 20
+    miss = task_loss(TaskSpec("binary"), torch.zeros(1, 1, 10, 10), labels)
+    assert miss.item() == pytest.approx(math.log(2) * (2 * 20 + 98) / 100)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_compiles_without_a_graph_break(name):
+    spec = SPECS[name]
+    labels, _ = make_labels(spec)
+    logits = make_logits(spec, 4, 4)
+
+    def checked_loss(logits, labels):
+        check_labels("task", spec, labels, 3)
+        return task_loss(spec, logits, labels)
+
+    compiled = torch.compile(checked_loss, fullgraph=True, backend="eager")
+    assert compiled(logits, labels).item() == pytest.approx(task_loss(spec, logits, labels).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_fitting_labels_pass(name):
+    check_labels(name, SPECS[name], make_labels(SPECS[name])[0], 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        ("semantic", torch.zeros(2, 1, 4, 4, dtype=torch.long), r"'here'.*\(2, H, W\).*\(2, 1, 4, 4\)"),
+        ("semantic", torch.zeros(3, 4, 4, dtype=torch.long), r"\(2, H, W\).*\(3, 4, 4\)"),
+        ("semantic", torch.zeros(2, 4, 4), "integer.*float32"),
+        ("semantic", torch.full((2, 4, 4), 4), "4 is neither ignore_index .255. nor at most 3"),
+        ("depth", torch.zeros(2, 4, 4), r"\(2, 1, H, W\).*\(2, 4, 4\)"),
+        ("normals", torch.zeros(2, 1, 4, 4), r"\(2, 3, H, W\)"),
+        ("binary", torch.full((2, 1, 4, 4), 128.0), "128"),
+        ("depth", [[1.0]], "list"),
+    ],
+)
+def test_labels_that_do_not_fit(kind, labels, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels("here", SPECS[kind], labels, 2)
