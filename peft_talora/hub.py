@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -33,7 +34,7 @@ def save_adapter(model: PeftModel, directory: str | Path, metrics: dict[str, Any
 
     Args:
         model: The PeftModel around an `MSamForMultiTask`.
-        directory: Where to; created, or replaced.
+        directory: Where to; created where missing, other files in it stay.
         metrics: `{task: {metric: value}}` for the model card.
 
     Returns:
@@ -53,13 +54,12 @@ def save_adapter(model: PeftModel, directory: str | Path, metrics: dict[str, Any
         if getattr(model.peft_config[model.active_adapter], "msam", None) is None:
             (aside / MSAM_FILE).write_text(json.dumps(msam_fields(msam.config), indent=2) + "\n")
         (aside / "README.md").write_text(model_card(model, aside / WEIGHTS_FILE, metrics))
-        if directory.exists():
-            shutil.rmtree(directory)
-        aside.rename(directory)
-    except BaseException:
+        directory.mkdir(exist_ok=True)
+        # the weights last: until then a reader finds the old ones
+        for name in sorted(os.listdir(aside), key=lambda name: name == WEIGHTS_FILE):
+            os.replace(aside / name, directory / name)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
-    directory.chmod(0o755)
     return directory
 
 
