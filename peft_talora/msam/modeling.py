@@ -84,7 +84,10 @@ class MSamForMultiTask(SamPreTrainedModel):
     def __init__(self, config: MSamConfig) -> None:
         super().__init__(config)
         if not config.tasks:
-            raise ValueError("An MSamForMultiTask needs at least one task in its config, got none.")
+            raise ValueError(
+                "An MSamForMultiTask needs at least one task in its config, got none. Make one from a SAM with "
+                "MSamForMultiTask.from_sam(sam, tasks), and load an adapter with MSamForMultiTask.from_adapter(...)."
+            )
         self.task_specs: dict[str, TaskSpec] = config.task_specs
         self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
         self.vision_encoder = SamVisionEncoder(config.vision_config)
@@ -189,7 +192,8 @@ class MSamForMultiTask(SamPreTrainedModel):
         task_ids: TaskRequest | None = None,
         labels: Mapping[str, torch.Tensor] | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        original_sizes: Any = None,
+        reshaped_input_sizes: Any = None,
     ) -> MSamOutput | tuple:
         r"""Predict the wanted tasks of every image, or one task per image.
 
@@ -204,6 +208,8 @@ class MSamForMultiTask(SamPreTrainedModel):
                 and "parts" and numbers `(B, C, H, W)` for the other kinds. Rows of images that do not have the task,
                 and tasks that are not wanted, are ignored; a wanted task without labels is unlabelled.
             return_dict (`bool`): Return a tuple when False.
+            original_sizes: Not used; `model(**processor(images))` passes it.
+            reshaped_input_sizes: Not used, likewise.
 
         Returns:
             [`MSamOutput`]
