@@ -207,7 +207,9 @@ def train(accelerator: Accelerator, args: argparse.Namespace, method: str, data,
     msam = pt.MSamForMultiTask.from_sam(load_sam(args.base), tasks, args.image_size, args.channel_mode)
     model = add_adapter(msam, args, method)
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # the newer name where there is one: transformers drops the older one in version 6
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     processor = pt.MSamProcessor.from_model(msam)
     loader = make_loader(train_rows, tasks, processor, args, augment=Augmentation())
     test_loader = make_loader(test_rows, tasks, processor, args)

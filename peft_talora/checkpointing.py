@@ -3,8 +3,8 @@
 A checkpointed block runs a second time during backward, when the `with` block or the forward that chose the tasks is
 over, and perhaps in another thread. So every checkpointed block that holds tuned layers gets the `context_fn` that
 replays the tasks of its own forward. transformers stores the checkpoint function on the block whenever the user
-switches checkpointing on, before or after the adapter was added; a forward pre-hook on the block therefore looks at it
-right before it is used.
+switches checkpointing on, before or after the adapter was added; forward pre-hooks on the block and on the modules around
+it therefore look at it right before it is used. (Before transformers 5.2x a block's own hooks run inside the checkpoint.)
 """
 
 from __future__ import annotations
@@ -61,25 +61,30 @@ def _nested(outer: Any, inner: Any) -> Iterator[None]:
         yield
 
 
-def _route_checkpoint(block: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a block that can be checkpointed."""
-    checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-    if checkpoint is not None and not isinstance(checkpoint, RoutedCheckpoint):
-        block._gradient_checkpointing_func = RoutedCheckpoint(checkpoint)
+def _route_checkpoints(module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of a module that is, or holds, a block that can be checkpointed."""
+    if torch.compiler.is_compiling():
+        return
+    for block in module.modules():
+        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, RoutedCheckpoint):
+            block._gradient_checkpointing_func = RoutedCheckpoint(checkpoint)
 
 
 def add_checkpoint_hooks(model: nn.Module, is_tuned_layer: Callable[[nn.Module], bool]) -> None:
-    """Hook every block of `model` that transformers may checkpoint and that holds a tuned layer."""
-    for block in model.modules():
-        can_checkpoint = hasattr(block, "gradient_checkpointing") and not _is_hooked(block)
-        if can_checkpoint and any(is_tuned_layer(m) for m in block.modules()):
-            block.register_forward_pre_hook(_route_checkpoint)
+    """Hook every block of `model` that transformers may checkpoint and that holds a tuned layer, and what is around."""
+    for module in model.modules():
+        if _is_hooked(module):
+            continue
+        blocks = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
+        if any(is_tuned_layer(m) for block in blocks for m in block.modules()):
+            module.register_forward_pre_hook(_route_checkpoints)
 
 
 def remove_checkpoint_hooks(model: nn.Module) -> None:
     """Undo [`add_checkpoint_hooks`]."""
     for block in model.modules():
-        for key in [k for k, hook in block._forward_pre_hooks.items() if hook is _route_checkpoint]:
+        for key in [k for k, hook in block._forward_pre_hooks.items() if hook is _route_checkpoints]:
             del block._forward_pre_hooks[key]
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, RoutedCheckpoint):
@@ -87,7 +92,7 @@ def remove_checkpoint_hooks(model: nn.Module) -> None:
 
 
 def _is_hooked(block: nn.Module) -> bool:
-    return any(hook is _route_checkpoint for hook in block._forward_pre_hooks.values())
+    return any(hook is _route_checkpoints for hook in block._forward_pre_hooks.values())
 
 
 def in_backward() -> bool:
