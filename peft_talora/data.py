@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .msam.processing import MSamProcessor, image_array, label_tensor, resize_label
+from .msam.labels import label_tensor, resize_label
+from .msam.processing import MSamProcessor, image_array
 from .msam.tasks import KINDS, Tasks, TaskSpec, parse_tasks
 
 if TYPE_CHECKING:

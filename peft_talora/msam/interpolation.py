@@ -13,9 +13,8 @@ def resize_absolute(pos_embed: torch.Tensor, grid: int) -> torch.Tensor:
     """(1, H, W, C) -> (1, grid, grid, C), bicubic."""
     if pos_embed.shape[1:3] == (grid, grid):
         return pos_embed
-    resized = F.interpolate(
-        pos_embed.permute(0, 3, 1, 2).float(), size=(grid, grid), mode="bicubic", align_corners=False
-    )
+    channels_first = _at_least_float32(pos_embed.permute(0, 3, 1, 2))
+    resized = F.interpolate(channels_first, size=(grid, grid), mode="bicubic", align_corners=False)
     return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
@@ -23,8 +22,12 @@ def resize_relative(rel_pos: torch.Tensor, grid: int) -> torch.Tensor:
     """(2 * size - 1, C) -> (2 * grid - 1, C), linear: what SAM's attention does with other sizes at run time."""
     if rel_pos.shape[0] == 2 * grid - 1:
         return rel_pos
-    resized = F.interpolate(rel_pos.T[None].float(), size=2 * grid - 1, mode="linear")
+    resized = F.interpolate(_at_least_float32(rel_pos.T[None]), size=2 * grid - 1, mode="linear")
     return resized[0].T.contiguous().to(rel_pos.dtype)
+
+
+def _at_least_float32(embedding: torch.Tensor) -> torch.Tensor:
+    return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
 
 
 def encoder_state_for(vision_config: Any, encoder: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import SamImageProcessorPil
 
 from peft_talora.losses import task_loss
-from peft_talora.msam.processing import MSamProcessor, label_tensor, post_process, reshaped_size, resize_label
+from peft_talora.msam.labels import label_tensor, resize_label
+from peft_talora.msam.processing import MSamProcessor, post_process, reshaped_size
 from peft_talora.msam.tasks import TaskSpec
 
 SIZE = 64

@@ -1,0 +1,97 @@
+"""One image's label maps: their form, and how they change their resolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import check_labels
+from .tasks import TaskSpec
+
+Size = tuple[int, int]
+
+# Below this share of labelled pixels in the mean, what is left is rounding.
+_MIN_VALID = 1e-6
+
+
+def label_tensor(name: str, spec: TaskSpec, label: Any, size: Size) -> Tensor:
+    """One image's label map in the form that losses and metrics take, every unlabelled pixel being ``spec.padding``.
+
+    Args:
+        name: The task's name, for messages.
+        spec: The task.
+        label: Array, tensor or PIL image (H, W) or (C, H, W), or None for an unlabelled image.
+        size: (H, W) of the image.
+
+    Returns:
+        int64 (H, W) for class maps, float32 (C, H, W) otherwise.
+
+    Raises:
+        ValueError: If the map has another size or type, or holds a label that is not possible.
+    """
+    is_map = spec.task_kind.layout == "map"
+    shape = tuple(size) if is_map else (spec.num_channels, *size)
+    dtype = torch.int64 if is_map else torch.float32
+    if label is None:
+        return torch.full(shape, spec.padding, dtype=dtype)
+    label = label.detach().cpu() if isinstance(label, Tensor) else torch.from_numpy(np.array(label))
+    if label.ndim == 3 and label.shape[0] == 1 and is_map:
+        label = label[0]
+    if label.ndim == 2 and shape[0] == 1 and not is_map:
+        label = label[None]
+    if tuple(label.shape) != shape:
+        raise ValueError(f"label of task {name!r}: expected shape {shape} for its image, got {tuple(label.shape)}")
+    if is_map and label.is_floating_point():
+        raise ValueError(f"label of task {name!r}: a {spec.kind} task needs integer classes, got {label.dtype}")
+    label = label.to(dtype)
+    check_labels(name, spec, label[None], batch_size=1)
+    return torch.where(_labelled(spec, label), label, torch.tensor(spec.padding, dtype=dtype))
+
+
+def resize_label(spec: TaskSpec, label: Tensor, size: Size) -> Tensor:
+    """A label map from [`label_tensor`] at another resolution.
+
+    Classes and masks take the nearest pixel. Other values are the mean (a triangle filter, as for the image) over the
+    labelled pixels alone, so that holes neither bleed into their surroundings nor grow; a pixel without any labelled
+    one under the filter is unlabelled. Directions are normalised again.
+
+    Args:
+        spec: The task.
+        label: (H, W) or (C, H, W).
+        size: The wanted (height, width).
+    """
+    if tuple(label.shape[-2:]) == tuple(size):
+        return label
+    if spec.task_kind.resample == "nearest":
+        return _nearest(label, size)
+    labelled = _labelled(spec, label)
+    weight = _triangle(labelled.to(label.dtype)[None], size)
+    mean = _triangle(torch.where(labelled, label, 0), size) / weight.clamp(min=_MIN_VALID)
+    valid = weight > _MIN_VALID
+    if spec.task_kind.is_direction:
+        length = mean.norm(dim=0, keepdim=True)
+        # Opposite directions cancel out: nothing is known there.
+        valid = valid & (length > _MIN_VALID)
+        mean = mean / length.clamp(min=_MIN_VALID)
+    return torch.where(valid, mean, torch.tensor(spec.padding, dtype=label.dtype))
+
+
+def _labelled(spec: TaskSpec, label: Tensor) -> Tensor:
+    return spec.task_kind.labelled(label, spec.ignore_index)
+
+
+def _nearest(label: Tensor, size: Size) -> Tensor:
+    """The pixel under each new pixel's centre, as PIL has it; exact for integers."""
+    rows, columns = (
+        ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
+        for new, old in zip(size, label.shape[-2:], strict=True)
+    )
+    return label[..., rows[:, None], columns]
+
+
+def _triangle(values: Tensor, size: Size) -> Tensor:
+    return F.interpolate(values[None], size=tuple(size), mode="bilinear", align_corners=False, antialias=True)[0]
