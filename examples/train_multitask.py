@@ -22,16 +22,16 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import SamModel, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 import peft_talora as pt
 from peft_talora.data import Augmentation, MultiTaskDataset, collate, detect_tasks, load_multitask_dataset
 from peft_talora.metrics import HIGHER_IS_BETTER, MultiTaskMetrics
+from peft_talora.msam.loading import load_sam
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pictures import draw_predictions
 
-TINY_SAM = Path(__file__).parent / "tiny_sam"
 METHODS = ("talora", "lora", "decoder")
 # the learning rate of the adapter's own parameters at which each method did best (README, "What was measured")
 ADAPTER_LR = {"talora": 1e-3, "lora": 1e-3, "decoder": 0.0}
@@ -75,6 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "batch_size", "grad_accumulation", "rank", "num_train", "num_test"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.base == "tiny_sam":
+        args.base = str(Path(__file__).parent / "tiny_sam")
     if args.baseline is None:
         args.baseline = "train" if args.dataset == "scenes" and args.method != "decoder" else "none"
     if args.baseline not in ("train", "none") and not Path(args.baseline).is_file():
@@ -119,18 +121,6 @@ def make_loader(rows, tasks, processor, args, augment=None) -> DataLoader:
 
 
 # --- Model ----------------------------------------------------------------------------------------------------------
-
-
-def load_sam(name: str) -> SamModel:
-    path = TINY_SAM if name == "tiny_sam" else Path(name)
-    if path.exists():
-        return SamModel.from_pretrained(path)
-    try:
-        return SamModel.from_pretrained(name)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"--base {name}: no such folder, and no SAM of that name on the Hub ({error})"
-        ) from None
 
 
 def add_adapter(msam: pt.MSamForMultiTask, args: argparse.Namespace, method: str):
@@ -204,7 +194,7 @@ def train(accelerator: Accelerator, args: argparse.Namespace, method: str, data,
     """Train one method and evaluate it: (PeftModel, processor, {task: {metric: value}}, seconds)."""
     train_rows, test_rows, tasks = data
     set_seed(args.seed)
-    msam = pt.MSamForMultiTask.from_sam(load_sam(args.base), tasks, args.image_size, args.channel_mode)
+    msam = pt.MSamForMultiTask.from_sam(args.base, tasks, args.image_size, args.channel_mode)
     model = add_adapter(msam, args, method)
     if args.gradient_checkpointing:
         # the newer name where there is one: transformers drops the older one in version 6

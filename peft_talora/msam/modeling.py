@@ -26,6 +26,7 @@ from .configuration import MSamConfig
 from .encoding import encode_mixed, encode_tasks
 from .frozen import freeze
 from .interpolation import encoder_state_for
+from .loading import load_sam
 from .processing import post_process
 from .tasks import Tasks, TaskSpec, parse_tasks
 
@@ -136,10 +137,11 @@ class MSamForMultiTask(SamPreTrainedModel):
 
         Raises:
             TypeError: `sam` is something else.
+            FileNotFoundError: There is no checkpoint of that name.
             ValueError: A task, or the image size, is not possible.
         """
         if isinstance(sam, str | Path):
-            sam = SamModel.from_pretrained(sam)
+            sam = load_sam(sam)
         if not isinstance(sam, SamModel):
             raise TypeError(f"`sam` must be a SamModel or the name or path of one, got {type(sam).__name__}.")
         vision_config = copy.deepcopy(sam.config.vision_config)

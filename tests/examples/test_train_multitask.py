@@ -53,7 +53,7 @@ def trainer(base, *more):
     args = script.parse_args(arguments(base, "unused", *more))
     torch.manual_seed(0)
     rows, _, tasks = script.load_data(args, 32)
-    msam = script.pt.MSamForMultiTask.from_sam(script.load_sam(base), tasks)
+    msam = script.pt.MSamForMultiTask.from_sam(base, tasks)
     model = script.add_adapter(msam, args, args.method)
     loader = script.make_loader(rows, tasks, script.pt.MSamProcessor.from_model(msam), args, Augmentation())
     batch = next(iter(loader))
