@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,18 +18,20 @@ from safetensors import SafetensorError, safe_open
 from transformers import SamModel
 
 from .model_card import model_card
+from .msam.loading import checkpoint_type
 from .msam.modeling import MSamForMultiTask
 from .msam.tasks import parse_tasks
-from .msam_adapter import msam_fields
+from .msam_adapter import MSAM_MODEL_TYPE, msam_fields
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # what mSAM needs, beside an adapter whose configuration has no field for it (PEFT's own tuners)
 MSAM_FILE = "msam.json"
+MSAM_FIELDS = ("tasks", "channel_mode", "image_size")
 
 
 def save_adapter(model: PeftModel, directory: str | Path, metrics: dict[str, Any] | None = None) -> Path:
-    """Save the adapter of a tuned mSAM, with everything that [`load_adapter`] needs beside the SAM.
+    """Save the active adapter of a tuned mSAM, with everything that [`load_adapter`] needs beside the SAM.
 
     The files are written aside first, so that a failure on the way leaves what `directory` held before.
 
@@ -50,17 +53,24 @@ def save_adapter(model: PeftModel, directory: str | Path, metrics: dict[str, Any
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        model.save_pretrained(aside)
+        files = _save_active(model, aside)
         if getattr(model.peft_config[model.active_adapter], "msam", None) is None:
-            (aside / MSAM_FILE).write_text(json.dumps(msam_fields(msam.config), indent=2) + "\n")
-        (aside / "README.md").write_text(model_card(model, aside / WEIGHTS_FILE, metrics))
+            (files / MSAM_FILE).write_text(json.dumps(msam_fields(msam.config), indent=2) + "\n")
+        (files / "README.md").write_text(model_card(model, files / WEIGHTS_FILE, metrics))
         directory.mkdir(exist_ok=True)
         # the weights last: until then a reader finds the old ones
-        for name in sorted(os.listdir(aside), key=lambda name: name == WEIGHTS_FILE):
-            os.replace(aside / name, directory / name)
+        for name in sorted(os.listdir(files), key=lambda name: name == WEIGHTS_FILE):
+            os.replace(files / name, directory / name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return directory
+
+
+def _save_active(model: PeftModel, directory: Path) -> Path:
+    """Save the active adapter; returns where PEFT puts it, which depends on its name."""
+    name = model.active_adapter
+    model.save_pretrained(directory, selected_adapters=[name])
+    return directory if name == "default" else directory / name
 
 
 def load_adapter(
@@ -73,7 +83,7 @@ def load_adapter(
 
     Args:
         path_or_hub_id: A directory that `save_pretrained` or [`save_adapter`] wrote, or its name on the Hub.
-        base_model: A `SamModel`, an `MSamForMultiTask`, or the name or path of a SAM. The adapter's own base when None.
+        base_model: A `SamModel`, an `MSamForMultiTask`, or the name or path of one. The adapter's own base when None.
         is_trainable: Whether to train the adapter further; it is frozen otherwise.
         revision: The version on the Hub.
 
@@ -88,9 +98,8 @@ def load_adapter(
     config = _read_config(directory)
     fields = _read_msam_fields(directory, config)
     msam = _base_msam(base_model, config, fields, directory)
-    model = PeftModel.from_pretrained(msam, directory, is_trainable=is_trainable)
-    _check_weights(model, directory)
-    return model
+    _check_weights(directory / WEIGHTS_FILE, _expected_shapes(msam, config))
+    return PeftModel.from_pretrained(msam, directory, is_trainable=is_trainable)
 
 
 def _adapter_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
@@ -123,14 +132,21 @@ def _read_config(directory: Path) -> PeftConfig:
 
 
 def _read_msam_fields(directory: Path, config: PeftConfig) -> dict[str, Any]:
-    fields = getattr(config, "msam", None)
+    fields, file = getattr(config, "msam", None), directory / CONFIG_FILE
     if fields is None and (directory / MSAM_FILE).is_file():
-        fields = json.loads((directory / MSAM_FILE).read_text())
+        file = directory / MSAM_FILE
+        try:
+            fields = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
     if fields is None:
         raise ValueError(
             f"'{directory}' is an adapter, but not one of an MSamForMultiTask: neither its {CONFIG_FILE} has a field "
             f"`msam` nor is there a {MSAM_FILE}. Load it with PeftModel.from_pretrained."
         )
+    missing = [name for name in MSAM_FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"{file} does not say the {missing} of the MSamForMultiTask.")
     return fields
 
 
@@ -142,6 +158,8 @@ def _base_msam(base_model: Any, config: PeftConfig, fields: dict[str, Any], dire
                 f"'{directory}' does not say which SAM it was trained on: pass base_model=, a SamModel or the name or "
                 "path of one."
             )
+    if isinstance(base_model, str | Path) and checkpoint_type(base_model) == MSAM_MODEL_TYPE:
+        base_model = MSamForMultiTask.from_pretrained(base_model)
     if isinstance(base_model, MSamForMultiTask):
         _check_same_msam(base_model, fields)
         return base_model
@@ -160,10 +178,16 @@ def _check_same_msam(msam: MSamForMultiTask, fields: dict[str, Any]) -> None:
             raise ValueError(f"The adapter was trained with {name}={theirs[name]}, the base model has {own[name]}.")
 
 
-def _check_weights(model: PeftModel, directory: Path) -> None:
+def _expected_shapes(msam: MSamForMultiTask, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that the adapter has on this model, from a twin without weights: `msam` is not touched."""
+    with torch.device("meta"):
+        twin = PeftModel(MSamForMultiTask(copy.deepcopy(msam.config)), copy.deepcopy(config))
+    state = get_peft_model_state_dict(twin, save_embedding_layers=False)
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def _check_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
     """PEFT only warns about missing keys and drops what it does not know."""
-    expected = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
-    path = directory / WEIGHTS_FILE
     try:
         with safe_open(path, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

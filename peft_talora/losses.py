@@ -120,7 +120,7 @@ def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
     return mean_over_images(kind.pixel_loss(logits, labels, labelled), labelled)
 
 
-def check_labels(name: str, spec: TaskSpec, labels: Tensor, batch_size: int) -> None:
+def check_labels(name: str, spec: TaskSpec, labels: Tensor, batch_size: int, rows: Tensor | None = None) -> None:
     """Check that labels fit their task.
 
     Values are looked at only on the CPU and outside of compiled graphs, where that costs no synchronisation.
@@ -130,6 +130,7 @@ def check_labels(name: str, spec: TaskSpec, labels: Tensor, batch_size: int) -> 
         spec: The task.
         labels: What was given as its labels.
         batch_size: Number of images B.
+        rows: The images whose values count; default: all.
 
     Raises:
         ValueError: If ``labels`` is no tensor of the shape and type that the kind asks for, or holds a value that is
@@ -146,7 +147,7 @@ def check_labels(name: str, spec: TaskSpec, labels: Tensor, batch_size: int) -> 
     if is_map and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
         raise ValueError(f"labels[{name!r}]: a {spec.kind} task needs integer classes, got {labels.dtype}")
     if not torch.compiler.is_compiling() and labels.device.type == "cpu":
-        _check_values(name, spec, labels)
+        _check_values(name, spec, labels if rows is None else labels[rows.cpu()])
 
 
 def _check_values(name: str, spec: TaskSpec, labels: Tensor) -> None:

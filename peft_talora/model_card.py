@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+from safetensors import safe_open
 
 METHOD_NAMES = {"TALORA": "TA-LoRA", "CONVLORA": "Conv-LoRA", "LORA": "LoRA"}
 METHOD_TAGS = {"TALORA": "ta-lora", "CONVLORA": "conv-lora", "LORA": "lora"}
@@ -17,7 +19,7 @@ def model_card(model: PeftModel, weights: Path, metrics: dict[str, Any] | None =
 
     Args:
         model: The PeftModel around an `MSamForMultiTask`.
-        weights: The saved weights, for their size.
+        weights: The saved weights, for their number and size.
         metrics: `{task: {metric: value}}`.
     """
     msam = model.get_base_model()
@@ -30,7 +32,7 @@ def model_card(model: PeftModel, weights: Path, metrics: dict[str, Any] | None =
         license="apache-2.0",
         tags=["peft", METHOD_TAGS.get(peft_type, peft_type.lower()), "segment-anything"],
     )
-    trainable, total = model.get_nb_trainable_parameters()
+    saved, total = _num_parameters(weights), model.get_nb_trainable_parameters()[1]
     lines = [
         "---",
         data.to_yaml(),
@@ -46,7 +48,7 @@ def model_card(model: PeftModel, weights: Path, metrics: dict[str, Any] | None =
         "",
         f"- base model: {base or 'not recorded'}",
         f"- image size: {msam.config.vision_config.image_size} pixels",
-        f"- parameters saved: {trainable:,} of {total:,}, {weights.stat().st_size:,} bytes",
+        f"- parameters saved: {saved:,} of {total:,}, {weights.stat().st_size:,} bytes",
         "",
         "| task | kind | channels | classes |",
         "|---|---|---|---|",
@@ -59,3 +61,8 @@ def model_card(model: PeftModel, weights: Path, metrics: dict[str, Any] | None =
             lines += [f"| {name} | {k} | {v:.4g} |" for k, v in values.items() if v is not None]
     lines += ["", "Made with peft_talora.", ""]
     return str(ModelCard("\n".join(lines)))
+
+
+def _num_parameters(weights: Path) -> int:
+    with safe_open(weights, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -6,6 +6,8 @@ from transformers import SamConfig, SamModel
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+# the models here are so small that a second thread only waits
+torch.set_num_threads(1)
 
 
 def make_sam(image_size: int = 32, patch_size: int = 4, hidden_size: int = 16, **vision) -> SamModel:
@@ -36,9 +38,7 @@ def make_sam(image_size: int = 32, patch_size: int = 4, hidden_size: int = 16, *
     }
     decoder_config = {"hidden_size": 8, "num_attention_heads": 2, "mlp_dim": 16, "iou_head_hidden_dim": 8}
     sam = SamModel(
-        SamConfig(
-            vision_config=vision_config, prompt_encoder_config=prompt_config, mask_decoder_config=decoder_config
-        )
+        SamConfig(vision_config=vision_config, prompt_encoder_config=prompt_config, mask_decoder_config=decoder_config)
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -220,7 +220,7 @@ class TestCheckpointing:
         replayed = run(lambda x: checkpoint(model, x, use_reentrant=False, context_fn=checkpoint_context))
         for name, value in plain.items():
             torch.testing.assert_close(replayed[name], value, rtol=0, atol=1e-12)
-        with pytest.raises(RuntimeError, match="context_fn=peft_talora.checkpoint_context"):
+        with pytest.raises(RuntimeError, match=r"context_fn=peft_talora\.checkpoint_context"):
             run(lambda x: checkpoint(model, x, use_reentrant=False))
 
     def test_unload_leaves_the_checkpoint_function_as_it_was(self, sam):

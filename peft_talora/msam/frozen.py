@@ -17,6 +17,10 @@ class FrozenParameter(nn.Parameter):
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         return super().requires_grad_(False)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # that of nn.Parameter makes a plain one
+        return FrozenParameter, (self.data, False)
+
 
 def freeze(module: nn.Module) -> None:
     """Make every parameter of `module` a [`FrozenParameter`]."""

@@ -14,17 +14,36 @@ def load_sam(name_or_path: str | Path) -> SamModel:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It is a checkpoint of another model; transformers alone would fill a SAM with random weights.
     """
+    model_type = checkpoint_type(name_or_path)
+    if model_type != "sam":
+        raise ValueError(f"'{name_or_path}' is a checkpoint of a '{model_type}' model, not of a 'sam' model.")
+    try:
+        return SamModel.from_pretrained(_source(name_or_path))
+    except OSError as error:
+        raise _not_found(name_or_path, error) from error
+
+
+def checkpoint_type(name_or_path: str | Path) -> str:
+    """The model type of a checkpoint: "sam", "msam", or that of another model.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+    """
+    try:
+        return AutoConfig.from_pretrained(_source(name_or_path)).model_type
+    except OSError as error:
+        raise _not_found(name_or_path, error) from error
+
+
+def _source(name_or_path: str | Path) -> str:
     name = str(name_or_path)
     path = Path(name).expanduser()
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(f"There is no SAM checkpoint: the directory '{path}' does not exist.")
-    source = str(path) if path.is_dir() else name
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type != "sam":
-            raise ValueError(f"'{name}' is a checkpoint of a '{config.model_type}' model, not of a 'sam' model.")
-        return SamModel.from_pretrained(source)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"'{name}' is no SAM checkpoint, neither a directory nor on the Hub: {error}"
-        ) from error
+    return name
+
+
+def _not_found(name_or_path: str | Path, error: OSError) -> FileNotFoundError:
+    return FileNotFoundError(f"'{name_or_path}' is no SAM checkpoint, neither a directory nor on the Hub: {error}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import SamModel
 from transformers.models.sam.modeling_sam import (
@@ -138,12 +139,14 @@ class MSamForMultiTask(SamPreTrainedModel):
         Raises:
             TypeError: `sam` is something else.
             FileNotFoundError: There is no checkpoint of that name.
-            ValueError: A task, or the image size, is not possible.
+            ValueError: A task, or the image size, is not possible; or `sam` has an adapter.
         """
         if isinstance(sam, str | Path):
             sam = load_sam(sam)
         if not isinstance(sam, SamModel):
             raise TypeError(f"`sam` must be a SamModel or the name or path of one, got {type(sam).__name__}.")
+        if any(isinstance(module, BaseTunerLayer) for module in sam.modules()):
+            raise ValueError("`sam` has an adapter: merge it, or unload it, first.")
         vision_config = copy.deepcopy(sam.config.vision_config)
         vision_config.image_size = _checked_image_size(image_size, vision_config)
         config = MSamConfig(
@@ -220,16 +223,17 @@ class MSamForMultiTask(SamPreTrainedModel):
             ValueError: The arguments contradict each other, name an unknown task or have wrong shapes.
         """
         batch_size = self._check_inputs(pixel_values, image_embeddings)
-        self._check_labels(labels, batch_size)
         if task_ids is None:
-            names = self._wanted_tasks(tasks)
+            names, image_index = self._wanted_tasks(tasks), None
+            self._check_labels(labels, batch_size, dict.fromkeys(names))
             embeddings = self._embeddings_of_tasks(pixel_values, image_embeddings, names)
-            image_index = None
         else:
             if tasks is not None:
                 raise ValueError(f"Give either tasks ({tasks!r}) or task_ids, not both.")
             ids = self._checked_task_ids(task_ids, batch_size, self.device)
-            embeddings, image_index = self._embeddings_of_images(pixel_values, image_embeddings, ids)
+            image_index = {name: torch.nonzero(ids == t).flatten() for t, name in enumerate(self.task_specs)}
+            self._check_labels(labels, batch_size, image_index)
+            embeddings = self._embeddings_of_images(pixel_values, image_embeddings, ids, image_index)
 
         logits = {name: self._decode(name, embedding) for name, embedding in embeddings.items()}
         loss, losses = None, None
@@ -287,13 +291,16 @@ class MSamForMultiTask(SamPreTrainedModel):
         return {name: image_embeddings[name] for name in names}
 
     def _embeddings_of_images(
-        self, pixel_values: torch.Tensor | None, image_embeddings: Any, ids: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        self,
+        pixel_values: torch.Tensor | None,
+        image_embeddings: Any,
+        ids: torch.Tensor,
+        image_index: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
         if isinstance(image_embeddings, Mapping):
             raise ValueError("With task_ids, image_embeddings must be one tensor (B, C, h, w), got a dict.")
         embedding = encode_mixed(self, pixel_values, ids) if image_embeddings is None else image_embeddings
-        image_index = {name: torch.nonzero(ids == t).flatten() for t, name in enumerate(self.task_specs)}
-        return {name: embedding[rows.to(embedding.device)] for name, rows in image_index.items()}, image_index
+        return {name: embedding[rows.to(embedding.device)] for name, rows in image_index.items()}
 
     def _decode(self, name: str, image_embedding: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> (B, N, 4h, 4w): one decoder input per image and channel."""
@@ -388,7 +395,8 @@ class MSamForMultiTask(SamPreTrainedModel):
             raise ValueError(f"image_embeddings must have one batch size, got {sizes}.")
         return next(iter(sizes.values()))
 
-    def _check_labels(self, labels: Any, batch_size: int) -> None:
+    def _check_labels(self, labels: Any, batch_size: int, wanted: Mapping[str, torch.Tensor | None]) -> None:
+        """Check labels; `wanted` says which tasks count and for which rows (None: all)."""
         if labels is None:
             return
         if not isinstance(labels, Mapping):
@@ -396,7 +404,8 @@ class MSamForMultiTask(SamPreTrainedModel):
         for name, label in labels.items():
             if name not in self.task_specs:
                 raise ValueError(f"labels of an unknown task '{name}'. The model's tasks are {list(self.task_specs)}.")
-            check_labels(name, self.task_specs[name], label, batch_size)
+            if name in wanted:
+                check_labels(name, self.task_specs[name], label, batch_size, wanted[name])
 
 
 def _checked_image_size(image_size: int | None, vision_config: Any) -> int:

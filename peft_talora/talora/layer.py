@@ -291,6 +291,29 @@ class TALoraLinear(nn.Module, TALoraLayer):
             U1, U2, core = U1.float(), U2.float(), core.float()
         return (U2 @ (U1 @ core).T).to(dtype)
 
+    def tasks_to_merge(self, adapter_names: list[str] | None = None) -> dict[str, int]:
+        """The task of each of the adapters (all active ones when None) that [`merge`] would merge.
+
+        Raises:
+            ValueError: There is one task per sample, or the adapter is merged for another task already.
+        """
+        tasks: dict[str, int] = {}
+        for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
+            if adapter_name not in self.talora_G:
+                continue
+            task = self.task_router.task_of(adapter_name)
+            if isinstance(task, torch.Tensor):
+                raise ValueError("Only one task can be merged: leave use_task(...) with one task per sample first.")
+            merged = self.merged_tasks.get(adapter_name, task)
+            if merged != task:
+                names = self.task_router.tasks[adapter_name]
+                raise ValueError(
+                    f"The adapter '{adapter_name}' is merged for the task '{names[merged]}' already. Call "
+                    f"unmerge_adapter() before it is merged for '{names[task]}'."
+                )
+            tasks[adapter_name] = task
+        return tasks
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge the active task's update of the active adapters into the base weight.
 
@@ -298,13 +321,11 @@ class TALoraLinear(nn.Module, TALoraLayer):
             safe_merge: Check the merged weight for NaN and infinity before it replaces the base weight.
             adapter_names: The adapters to merge; all active ones when None.
         """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
-        for adapter_name in adapter_names:
-            if adapter_name not in self.talora_G:
+        tasks = self.tasks_to_merge(adapter_names)
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in tasks:
                 continue
-            task = self.task_router.task_of(adapter_name)
-            if isinstance(task, torch.Tensor):
-                raise ValueError("Only one task can be merged: leave use_task(...) with one task per sample first.")
+            task = tasks[adapter_name]
             base_weight = self.get_base_weight()
             merged = base_weight + self.get_delta_weight(adapter_name, task).to(base_weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():

@@ -81,19 +81,27 @@ class TALoraModel(PluginTuner):
         super()._remove_hooks()
         remove_task_hook(self.model)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        # merged weights are those of one task; what belongs to the others would give wrong results with them
-        task = self._single_active_task() if merge and is_msam(self.model) else None
-        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
-        if task is not None:
-            model.keep_tasks([task])
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        # before anything is changed: a refusal must not leave half a model
+        tasks = self._tasks_once_merged(adapter_names) if merge else []
+        if is_msam(self.model) and len(tasks) > 1:
+            raise ValueError(f"Only one task can be merged, but the adapters have the tasks {tasks}.")
+        model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        if is_msam(model) and tasks:
+            # merged weights are those of one task; what belongs to the others would give wrong results with them
+            model.keep_tasks(tasks)
         return model
 
-    def _single_active_task(self) -> str:
-        tasks = {self.active_task} if isinstance(self.active_task, str) else set(self.active_task.values())
-        if len(tasks) != 1:
-            raise ValueError(f"Only one task can be merged, but the active adapters have the tasks {sorted(tasks)}.")
-        return tasks.pop()
+    def _tasks_once_merged(self, adapter_names: list[str] | None) -> list[str]:
+        """The names of the tasks whose updates the weights hold once the adapters are merged, too."""
+        names, tasks = self.task_router.tasks, set()
+        for layer in self.model.modules():
+            if isinstance(layer, TALoraLayer):
+                for adapter_name, task in {**layer.merged_tasks, **layer.tasks_to_merge(adapter_names)}.items():
+                    tasks.add(names[adapter_name][task])
+        return sorted(tasks)
 
     def set_task(self, task: str | int) -> None:
         """Make `task` (a name or an index) the active one until the next call."""

@@ -1,0 +1,423 @@
+"""A saved adapter and its SAM are enough to get the mSAM back; everything else is refused by name."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec, default_modules_to_save, load_adapter, save_adapter
+from peft_talora import hub as hub_module
+
+ROOT = Path(__file__).parents[1]
+# in no alphabetical order
+TASKS = {
+    "semantic": TaskSpec("semantic", num_channels=3, class_names=["wall", "floor", "door"]),
+    "depth": TaskSpec("depth", weight=0.5),
+    "a_normals": TaskSpec("normals"),
+}
+FROM_ADAPTER = MSamForMultiTask.from_adapter
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def sam_path(sam, tmp_path):
+    sam.save_pretrained(tmp_path / "sam")
+    return tmp_path / "sam"
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+
+
+def talora(msam, **changes):
+    return TALoraConfig(**{"r": 3, "r_task": 2, "init_weights": False, **changes})
+
+
+def lora(msam):
+    modules_to_save = default_modules_to_save(msam)
+    return LoraConfig(r=2, target_modules=["qkv"], modules_to_save=modules_to_save, init_lora_weights=False)
+
+
+def make(sam, make_config=talora, tasks=None, image_size=48, **changes):
+    """A tuned mSAM in which everything that is saved differs from its SAM."""
+    msam = MSamForMultiTask.from_sam(sam, tasks or TASKS, image_size=image_size)
+    model = get_peft_model(msam, make_config(msam, **changes)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                for parameter in module.modules_to_save.parameters():
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def predict(model, pixels, **kwargs):
+    return model(pixels, **kwargs).logits
+
+
+def assert_same(got, expected):
+    assert list(got) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4)
+
+
+def rewrite(directory, change):
+    """Change the saved tensors in place."""
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def some_key(tensors, part):
+    return next(key for key in sorted(tensors) if part in key)
+
+
+class TestPeftsOwnSaveIsEnough:
+    def test_with_every_kind_of_base(self, sam, sam_path, pixels, tmp_path):
+        model = make(sam_path)
+        expected = predict(model, pixels)
+        assert (expected["semantic"][:, :1] - expected["depth"]).abs().max() > 1e-3
+        path = tmp_path / "adapter"
+        model.save_pretrained(path)
+        assert_same(predict(FROM_ADAPTER(path), pixels), expected)
+        bases = (sam, sam_path, str(sam_path), MSamForMultiTask.from_sam(sam, TASKS, image_size=48))
+        for base in bases:
+            loaded = FROM_ADAPTER(str(path), base_model=base)
+            assert isinstance(loaded, PeftModel) and isinstance(loaded.get_base_model(), MSamForMultiTask)
+            assert_same(predict(loaded, pixels), expected)
+            ids = ["a_normals", "depth"]
+            assert_same(predict(loaded, pixels, task_ids=ids), predict(model, pixels, task_ids=ids))
+        assert loaded.get_base_model() is bases[-1]
+        assert loaded.get_base_model().task_specs == TASKS and list(loaded.get_base_model().task_specs) == list(TASKS)
+        assert load_adapter(path).active_task == "semantic"
+
+    def test_in_a_fresh_process(self, sam_path, pixels, tmp_path):
+        model = make(sam_path)
+        model.save_pretrained(tmp_path / "adapter")
+        torch.save(pixels, tmp_path / "pixels.pt")
+        code = """
+import sys, torch
+from peft_talora import MSamForMultiTask
+model = MSamForMultiTask.from_adapter(sys.argv[1] + "/adapter")
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[1] + "/pixels.pt")).logits, sys.argv[1] + "/logits.pt")
+"""
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert_same(torch.load(tmp_path / "logits.pt"), predict(model, pixels))
+
+    def test_the_base_sam_is_not_changed(self, sam, sam_path, tmp_path):
+        make(sam_path).save_pretrained(tmp_path / "adapter")
+        before = copy.deepcopy(sam.state_dict())
+        FROM_ADAPTER(tmp_path / "adapter", base_model=sam)
+        after = sam.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+    def test_frozen_unless_it_is_to_be_trained(self, sam_path, tmp_path):
+        model = make(sam_path)
+        model.save_pretrained(tmp_path / "adapter")
+        assert not any(p.requires_grad for p in FROM_ADAPTER(tmp_path / "adapter").parameters())
+        loaded = FROM_ADAPTER(tmp_path / "adapter", is_trainable=True)
+        names = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, loaded)]
+        assert names[0] == names[1] and len(names[0]) > 50
+
+    def test_of_an_msam_that_was_itself_loaded(self, sam, pixels, tmp_path):
+        MSamForMultiTask.from_sam(sam, TASKS, image_size=48).save_pretrained(tmp_path / "msam")
+        model = get_peft_model(MSamForMultiTask.from_pretrained(tmp_path / "msam"), talora(None)).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        assert_same(predict(FROM_ADAPTER(tmp_path / "adapter"), pixels), predict(model, pixels))
+
+    def test_without_any_base(self, sam, tmp_path):
+        make(sam).save_pretrained(tmp_path)  # a SAM that was made from a config has no name
+        with pytest.raises(ValueError, match="does not say which SAM it was trained on: pass base_model="):
+            FROM_ADAPTER(tmp_path)
+        FROM_ADAPTER(tmp_path, base_model=sam)
+
+    def test_its_base_is_gone(self, sam, sam_path, tmp_path):
+        make(sam_path).save_pretrained(tmp_path / "adapter")
+        sam_path.rename(tmp_path / "moved")
+        with pytest.raises(FileNotFoundError, match=str(sam_path)):
+            FROM_ADAPTER(tmp_path / "adapter")
+        FROM_ADAPTER(tmp_path / "adapter", base_model=tmp_path / "moved")
+
+
+class TestSaveAdapter:
+    @pytest.mark.parametrize("make_config", [talora, lora])
+    def test_round_trip(self, sam, sam_path, pixels, tmp_path, make_config):
+        model = make(sam_path, make_config)
+        expected = predict(model, pixels)
+        path = save_adapter(model, tmp_path / "deep" / "adapter")
+        assert path == tmp_path / "deep" / "adapter"
+        files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+        assert {p.name for p in path.iterdir()} == files | ({"msam.json"} if make_config is lora else set())
+        assert [p.name for p in path.parent.iterdir()] == ["adapter"]  # nothing is left aside
+        assert_same(predict(FROM_ADAPTER(path), pixels), expected)
+        assert_same(predict(FROM_ADAPTER(path, base_model=sam), pixels), expected)
+
+    def test_replaces_an_existing_one(self, sam, sam_path, pixels, tmp_path):
+        path = tmp_path / "adapter"
+        save_adapter(make(sam_path, lora), path)
+        (path / "metrics.json").write_text("{}")
+        model = make(sam_path, tasks={"depth": TaskSpec("depth")}, image_size=32)
+        save_adapter(model, path)
+        small = pixels[..., :32, :32]
+        assert_same(predict(FROM_ADAPTER(path), small), predict(model, small))
+        assert (path / "metrics.json").read_text() == "{}"
+
+    def test_the_active_one_of_several(self, sam_path, pixels, tmp_path):
+        model = make(sam_path)
+        model.add_adapter("second", talora(None, r=2))
+        model.set_adapter("second")
+        model.eval()
+        for _ in range(2):  # the second time onto the first
+            save_adapter(model, tmp_path / "adapter")
+            assert_same(predict(FROM_ADAPTER(tmp_path / "adapter"), pixels), predict(model, pixels))
+        assert not [p for p in (tmp_path / "adapter").iterdir() if p.is_dir()]
+
+    @pytest.mark.parametrize("fails_at", range(4))
+    def test_an_interrupted_save_leaves_the_old_or_the_new_one(
+        self, sam_path, pixels, tmp_path, monkeypatch, fails_at
+    ):
+        model, path = make(sam_path), tmp_path / "adapter"
+        save_adapter(model, path)
+        old = predict(model, pixels)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.5)
+        new, calls = predict(model, pixels), []
+
+        class Killed(BaseException):
+            pass
+
+        def killed(function):
+            def run(*args):
+                if len(calls) == fails_at:
+                    raise Killed
+                calls.append(1)
+                return function(*args)
+
+            return run
+
+        monkeypatch.setattr(hub_module, "model_card", killed(hub_module.model_card))
+        monkeypatch.setattr(hub_module.os, "replace", killed(os.replace))
+        with pytest.raises(Killed):
+            save_adapter(model, path)
+        monkeypatch.undo()
+        assert [p.name for p in tmp_path.iterdir() if p.name != "sam"] == ["adapter"]
+        loaded = predict(FROM_ADAPTER(path), pixels)
+        assert any(torch.allclose(loaded["depth"], state["depth"], rtol=1e-3, atol=1e-4) for state in (old, new))
+
+    def test_what_is_no_msam(self, sam, tmp_path):
+        model = get_peft_model(sam, TALoraConfig(tasks=["a"], r=2))
+        with pytest.raises(TypeError, match="one around a SamModel"):
+            save_adapter(model, tmp_path / "adapter")
+        assert not list(tmp_path.iterdir())
+
+
+class TestModelCard:
+    def test_says_what_it_is_and_how_to_load_it(self, sam_path, tmp_path):
+        model = make(sam_path)
+        metrics = {"depth": {"abs_err": 0.12345, "rmse": None}}
+        card = (save_adapter(model, tmp_path / "adapter", metrics=metrics) / "README.md").read_text()
+        assert card.startswith("---\n") and "library_name: peft" in card
+        assert str(sam_path) in card and "48 pixels" in card
+        code = card.partition("```python\n")[2].partition("```")[0].splitlines()
+        assert "peft_talora" in code[0] and code[0].startswith(("import ", "from "))
+        compile("\n".join(code), "card", "exec")
+        assert "| semantic | semantic | 3 | wall, floor, door |" in card
+        assert "| depth | depth | 1 | - |" in card and "| a_normals | normals | 3 | - |" in card
+        assert "| depth | abs_err | 0.1235 |" in card and "rmse" not in card
+        # a local directory means nothing on the Hub
+        assert "base_model:" not in card
+
+    def test_names_a_base_of_the_hub(self, sam, tmp_path):
+        sam.name_or_path = sam.config._name_or_path = "facebook/sam-vit-base"
+        card = (save_adapter(make(sam), tmp_path / "adapter") / "README.md").read_text()
+        assert "base_model: facebook/sam-vit-base" in card and "- base model: facebook/sam-vit-base" in card
+
+    @pytest.mark.parametrize(("make_config", "name", "tag"), [(talora, "TA-LoRA", "ta-lora"), (lora, "LoRA", "lora")])
+    def test_names_the_method(self, sam, tmp_path, make_config, name, tag):
+        card = (save_adapter(make(sam, make_config), tmp_path / "adapter") / "README.md").read_text()
+        assert f"# {name} adapter of a Segment Anything Model for semantic, depth, a_normals" in card
+        assert f"\n- {tag}\n" in card
+
+    def test_counts_what_is_saved_also_where_it_is_frozen(self, sam_path, tmp_path):
+        path = save_adapter(make(sam_path), tmp_path / "adapter")
+        saved = sum(value.numel() for value in load_file(path / "adapter_model.safetensors").values())
+        assert f"parameters saved: {saved:,} of" in (path / "README.md").read_text()
+        again = save_adapter(FROM_ADAPTER(path), tmp_path / "again")
+        assert f"parameters saved: {saved:,} of" in (again / "README.md").read_text()
+
+
+class TestRefusedDirectories:
+    def test_no_adapter_in_it(self, tmp_path, sam_path):
+        for path in (tmp_path, sam_path):
+            with pytest.raises(FileNotFoundError, match=rf"'{path}' is no saved adapter: .*adapter_config\.json"):
+                FROM_ADAPTER(path)
+
+    def test_a_missing_path(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="missing' is neither a local directory nor"):
+            FROM_ADAPTER(tmp_path / "missing")
+        with pytest.raises(FileNotFoundError, match="'somebody/missing' is neither a local directory nor"):
+            FROM_ADAPTER("somebody/missing")
+
+    def test_a_file(self, sam, tmp_path):
+        path = save_adapter(make(sam), tmp_path / "adapter") / "adapter_model.safetensors"
+        with pytest.raises(FileNotFoundError, match=f"'{path}' is a file"):
+            FROM_ADAPTER(path)
+
+    def test_pickled_weights(self, sam, tmp_path):
+        path = save_adapter(make(sam), tmp_path / "adapter")
+        torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
+        (path / "adapter_model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors"):
+            FROM_ADAPTER(path, base_model=sam)
+
+    def test_an_adapter_of_another_model(self, sam, tmp_path):
+        for config in (LoraConfig(target_modules=["qkv"]), TALoraConfig(tasks=["a", "b"], r=2)):
+            get_peft_model(copy.deepcopy(sam), config).save_pretrained(tmp_path)
+            with pytest.raises(ValueError, match="not one of an MSamForMultiTask"):
+                FROM_ADAPTER(tmp_path, base_model=sam)
+
+    def test_a_broken_configuration(self, sam, tmp_path):
+        path = save_adapter(make(sam), tmp_path / "adapter")
+        config = path / "adapter_config.json"
+        good = config.read_text()
+        for text in (good[:50], good.replace('"TALORA"', '"UNKNOWN"')):
+            config.write_text(text)
+            with pytest.raises(ValueError, match=r"adapter_config\.json cannot be read"):
+                FROM_ADAPTER(path, base_model=sam)
+
+    @pytest.mark.parametrize("make_config", [talora, lora])
+    def test_broken_msam_fields(self, sam, tmp_path, make_config):
+        path = save_adapter(make(sam, make_config), tmp_path / "adapter")
+        file = path / ("msam.json" if make_config is lora else "adapter_config.json")
+        edit_json(file, lambda values: values.get("msam", values).pop("image_size"))
+        with pytest.raises(ValueError, match=f"{file.name}.*image_size"):
+            FROM_ADAPTER(path, base_model=sam)
+
+
+class TestRefusedWeights:
+    @pytest.fixture
+    def path(self, sam, tmp_path):
+        return save_adapter(make(sam), tmp_path / "adapter")
+
+    def refuse(self, path, sam, message):
+        base = MSamForMultiTask.from_sam(sam, TASKS, image_size=48)
+        names = [name for name, _ in base.named_modules()]
+        with pytest.raises(ValueError, match=message):
+            FROM_ADAPTER(path, base_model=base)
+        # a refused adapter leaves nothing in the model it was meant for
+        assert [name for name, _ in base.named_modules()] == names
+
+    @pytest.mark.parametrize("part", ["talora_U3", "mask_decoders.depth", "no_mask_embeds.a_normals", "layer_norm1"])
+    def test_a_missing_tensor(self, path, sam, part):
+        rewrite(path, lambda tensors: tensors.pop(some_key(tensors, part)))
+        self.refuse(path, sam, rf"the tensor '.*{part}.*' is missing")
+
+    def test_an_unexpected_tensor(self, path, sam):
+        rewrite(path, lambda tensors: tensors.update({"base_model.model.vision_encoder.extra": torch.zeros(2)}))
+        self.refuse(path, sam, "the tensor '.*extra' does not belong to the model")
+
+    @pytest.mark.parametrize("part", ["talora_G", "no_mask_embeds.semantic"])
+    def test_a_wrong_shape(self, path, sam, part):
+        def cut(tensors):
+            key = some_key(tensors, part)
+            tensors[key] = tensors[key][1:].clone()
+
+        rewrite(path, cut)
+        self.refuse(path, sam, rf"the tensor '.*{part}.*' has another shape")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_what_is_not_finite(self, path, sam, value):
+        def spoil(tensors):
+            tensors[some_key(tensors, "talora_U2")][0, 0] = value
+
+        rewrite(path, spoil)
+        self.refuse(path, sam, "the tensor '.*talora_U2' is not finite")
+
+    @pytest.mark.parametrize("keep", [0, 7, 1000, -1])
+    def test_a_truncated_file(self, path, sam, keep):
+        file = path / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:keep])
+        self.refuse(path, sam, r"adapter_model\.safetensors is damaged")
+
+    def test_a_sam_of_another_size(self, path, sam_factory):
+        with pytest.raises(ValueError, match="has another shape"):
+            FROM_ADAPTER(path, base_model=sam_factory(hidden_size=24))
+        with pytest.raises(ValueError, match="is missing"):
+            FROM_ADAPTER(path, base_model=sam_factory(num_hidden_layers=4))
+
+
+class TestRefusedBases:
+    @pytest.fixture
+    def path(self, sam, tmp_path):
+        return save_adapter(make(sam), tmp_path / "adapter")
+
+    @pytest.mark.parametrize(
+        "tasks",
+        [
+            {"depth": TaskSpec("depth", weight=0.5)},
+            {name: TASKS[name] for name in ("depth", "semantic", "a_normals")},
+            {**TASKS, "depth": TaskSpec("binary")},
+        ],
+    )
+    def test_other_tasks(self, path, sam, tasks):
+        with pytest.raises(ValueError, match=r"The adapter's tasks are .*those of the base model"):
+            FROM_ADAPTER(path, base_model=MSamForMultiTask.from_sam(sam, tasks, image_size=48))
+
+    def test_another_image_size(self, path, sam):
+        with pytest.raises(ValueError, match="trained with image_size=48, the base model has 32"):
+            FROM_ADAPTER(path, base_model=MSamForMultiTask.from_sam(sam, TASKS))
+
+    def test_other_tasks_in_the_configuration_than_in_the_model(self, path, sam):
+        edit_json(path / "adapter_config.json", lambda values: values["tasks"].reverse())
+        with pytest.raises(
+            ValueError, match=r"\['a_normals', 'depth', 'semantic'\].*\['semantic', 'depth', 'a_normals'\]"
+        ):
+            FROM_ADAPTER(path, base_model=sam)
+
+    def test_neither_sam_nor_msam(self, path, sam):
+        for base in (nn.Linear(2, 2), sam.vision_encoder):
+            with pytest.raises(TypeError, match=f"got {type(base).__name__}"):
+                FROM_ADAPTER(path, base_model=base)
+
+    def test_a_bare_sam_through_peft(self, path, sam):
+        with pytest.raises(
+            ValueError, match=r"\['semantic', 'depth', 'a_normals'\], but the model is a SamModel.*from_adapter"
+        ):
+            PeftModel.from_pretrained(sam, path)
+
+    def test_auto_peft_model(self, sam_path, tmp_path):
+        path = save_adapter(make(sam_path), tmp_path / "adapter")
+        # PEFT asks whether the package may be imported, and cannot make an mSAM of a SAM's checkpoint then
+        with pytest.raises(ValueError, match=r"peft_talora\.msam\.modeling"):
+            AutoPeftModel.from_pretrained(path)
+        with pytest.raises(ValueError, match=r"MSamForMultiTask\.from_adapter"):
+            AutoPeftModel.from_pretrained(path, import_allowlist=["peft_talora.msam.modeling"])
