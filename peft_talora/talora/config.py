@@ -34,9 +34,10 @@ class TALoraConfig(PeftConfig):
             Three booleans for a fused q/k/v projection: which thirds of its output are updated. None updates the
             whole output, of any layer.
         init_weights (`bool` or `str`):
-            `True` is the published start (U1, U2, U3 ~ N(0, 1), G zero). "orthogonal" starts from U1 and U2 with
-            orthonormal columns, "normalized" scales U1, U2 and U3 so that the same optimiser step moves the weight as
-            much as in LoRA of the same rank and scaling; G is zero in both. `False` leaves nothing zero (for tests).
+            "normalized" scales U1, U2 and U3 so that the same optimiser step moves the weight as much as in LoRA of
+            the same rank and scaling, so that LoRA's learning rates fit. `True` is the published start (U1, U2, U3 ~
+            N(0, 1)), which needs learning rates some hundred times smaller. "orthogonal" starts from U1 and U2 with
+            orthonormal columns. G is zero in all three. `False` leaves nothing zero (for tests).
         ortho_reg_weight (`float`):
             Weight of the orthogonality regulariser (MTSAM), see [`auxiliary_loss`]. 0 switches it off.
         target_modules (`list[str]` or `str`, *optional*):
@@ -75,11 +76,11 @@ class TALoraConfig(PeftConfig):
         metadata={"help": "For a fused q/k/v projection: three booleans, which thirds of the output are updated."},
     )
     init_weights: bool | str = field(
-        default=True,
+        default="normalized",
         metadata={
             "help": (
-                "True: the published start. 'orthogonal': U1 and U2 with orthonormal columns. 'normalized': factors "
-                "scaled so that a step moves the weight as much as in LoRA. False: nothing zero, for tests."
+                "'normalized': factors scaled so that a step moves the weight as much as in LoRA. True: the published "
+                "start. 'orthogonal': U1 and U2 with orthonormal columns. False: nothing zero, for tests."
             )
         },
     )

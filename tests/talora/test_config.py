@@ -61,11 +61,11 @@ class TestValidation:
     def test_every_start_is_accepted(self, init_weights):
         assert TALoraConfig(init_weights=init_weights).init_weights is init_weights
 
-    def test_defaults_are_the_published_ones_but_for_dropout(self):
+    def test_defaults_are_the_published_ones_but_for_dropout_and_the_start(self):
         config = TALoraConfig()
         assert (config.r, config.r_in, config.r_out, config.r_task, config.scaling) == (32, None, None, 4, 0.5)
         assert (config.rank_in, config.rank_out) == (32, 32)
-        assert config.init_weights is True and config.ortho_reg_weight == 0.0 and config.talora_dropout == 0.0
+        assert config.init_weights == "normalized" and config.ortho_reg_weight == 0.0 and config.talora_dropout == 0.0
         config = TALoraConfig(r=8, r_in=5, r_out=7)
         assert (config.rank_in, config.rank_out) == (5, 7)
 
