@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import SamModel
 
+from .files import finish_pending, written_aside
 from .model_card import model_card
 from .msam.loading import checkpoint_type
 from .msam.modeling import MSamForMultiTask
@@ -33,7 +31,7 @@ MSAM_FIELDS = ("tasks", "channel_mode", "image_size")
 def save_adapter(model: PeftModel, directory: str | Path, metrics: dict[str, Any] | None = None) -> Path:
     """Save the active adapter of a tuned mSAM, with everything that [`load_adapter`] needs beside the SAM.
 
-    The files are written aside first, so that a failure on the way leaves what `directory` held before.
+    A save that fails, or is killed, leaves the adapter that `directory` held before, or the new one.
 
     Args:
         model: The PeftModel around an `MSamForMultiTask`.
@@ -50,27 +48,23 @@ def save_adapter(model: PeftModel, directory: str | Path, metrics: dict[str, Any
             "its save_pretrained."
         )
     directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        files = _save_active(model, aside)
+    with written_aside(directory) as aside:
+        _save_active(model, aside)
         if getattr(model.peft_config[model.active_adapter], "msam", None) is None:
-            (files / MSAM_FILE).write_text(json.dumps(msam_fields(msam.config), indent=2) + "\n")
-        (files / "README.md").write_text(model_card(model, files / WEIGHTS_FILE, metrics))
-        directory.mkdir(exist_ok=True)
-        # the weights last: until then a reader finds the old ones
-        for name in sorted(os.listdir(files), key=lambda name: name == WEIGHTS_FILE):
-            os.replace(files / name, directory / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            (aside / MSAM_FILE).write_text(json.dumps(msam_fields(msam.config), indent=2) + "\n")
+        (aside / "README.md").write_text(model_card(model, aside / WEIGHTS_FILE, metrics))
     return directory
 
 
-def _save_active(model: PeftModel, directory: Path) -> Path:
-    """Save the active adapter; returns where PEFT puts it, which depends on its name."""
+def _save_active(model: PeftModel, directory: Path) -> None:
+    """Save the active adapter; PEFT puts one that is not named "default" into a folder of its name."""
     name = model.active_adapter
     model.save_pretrained(directory, selected_adapters=[name])
-    return directory if name == "default" else directory / name
+    folder = directory / name
+    if name != "default":
+        for path in folder.iterdir():
+            path.rename(directory / path.name)
+        folder.rmdir()
 
 
 def load_adapter(
@@ -108,6 +102,7 @@ def _adapter_directory(path_or_hub_id: str | Path, revision: str | None) -> Path
         if path.exists():
             raise FileNotFoundError(f"An adapter is a directory, but '{path}' is a file.")
         path = _download(str(path_or_hub_id), revision)
+    finish_pending(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(f"'{path_or_hub_id}' is no saved adapter: it has no {name}.")

@@ -1,0 +1,73 @@
+"""One task of an mSAM as a plain SamModel."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import PeftModel
+from transformers import SamConfig, SamModel
+
+from .modeling import MSamForMultiTask
+
+
+@torch.no_grad()
+def task_to_sam(model: PeftModel | MSamForMultiTask, task: str, sam: SamModel | None = None) -> SamModel:
+    """Make a `SamModel` of one task with one output channel: no prompt, and its mask is the task's map.
+
+    `sam(pixel_values, multimask_output=False).pred_masks[:, 0]` are the task's logits (B, 1, 4h, 4w). The encoder is
+    merged, the decoder and the no-mask embedding are the task's. The weights for prompts (points, boxes, masks) are those
+    of `sam`; without it they are untrained, and prompts mean nothing.
+
+    Args:
+        model: A tuned mSAM, or an mSAM. It is not changed.
+        task: The task's name.
+        sam: The SAM whose prompt weights are taken.
+
+    Raises:
+        TypeError: `model` is no mSAM.
+        ValueError: The task is unknown or has several output channels.
+    """
+    msam = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(msam, MSamForMultiTask):
+        raise TypeError(f"task_to_sam needs an MSamForMultiTask, got {type(msam).__name__}.")
+    if task not in msam.task_specs:
+        raise ValueError(f"Unknown task '{task}'. The model's tasks are {list(msam.task_specs)}.")
+    channels = msam.task_specs[task].num_channels
+    if channels != 1:
+        raise ValueError(f"A SamModel has one output channel, the task '{task}' has {channels}.")
+    if isinstance(model, PeftModel):
+        msam = _merged(model, task)
+    exported = SamModel(_sam_config(msam)).to(dtype=msam.dtype, device=msam.device)
+    if sam is not None:
+        exported.prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())
+    exported.vision_encoder.load_state_dict(msam.vision_encoder.state_dict())
+    exported.shared_image_embedding.load_state_dict(msam.shared_image_embedding.state_dict())
+    exported.prompt_encoder.shared_embedding = exported.shared_image_embedding
+    exported.prompt_encoder.no_mask_embed.weight.copy_(msam.no_mask_embeds[task].weight)
+    exported.mask_decoder.load_state_dict(msam.mask_decoders[task].state_dict())
+    return exported.eval()
+
+
+def _merged(model: PeftModel, task: str) -> MSamForMultiTask:
+    """A merged copy for the task; a stock LoRA has the same weights for all tasks."""
+    model = copy.deepcopy(model)
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        model.unmerge_adapter()
+    if hasattr(model.base_model, "set_task"):
+        model.base_model.set_task(task)
+    return model.merge_and_unload()
+
+
+def _sam_config(msam: MSamForMultiTask) -> SamConfig:
+    vision = copy.deepcopy(msam.config.vision_config)
+    prompt = copy.deepcopy(msam.config.prompt_encoder_config)
+    prompt.image_size = vision.image_size
+    prompt.image_embedding_size = msam.config.grid_size
+    config = SamConfig(
+        vision_config=vision,
+        prompt_encoder_config=prompt,
+        mask_decoder_config=copy.deepcopy(msam.config.mask_decoder_config),
+    )
+    config._attn_implementation = msam.config._attn_implementation
+    return config

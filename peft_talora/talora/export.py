@@ -1,0 +1,116 @@
+"""One task of a TA-LoRA adapter as a stock LoRA adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import nn
+
+from ..files import written_aside
+from ..msam_adapter import is_msam
+from ..routing import task_index
+from .layer import TALoraLinear
+
+PREFIX = "base_model.model."
+
+
+def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Convert one task to a LoRA that gives the same encoder output.
+
+    For one task dW_t = s U2 M_t^T U1^T is a product of two thin matrices (methods of TA-LoRA, section 3.2): with p <= q
+    lora_A = U1^T and lora_B = s U2 M_t^T, else lora_A = s M_t^T U1^T and lora_B = U2; `lora_alpha` is the rank. Of an
+    mSAM the trained LayerNorms of the encoder come along as `modules_to_save`; its decoders do not fit a `SamModel`.
+
+    Args:
+        model: A PeftModel with an active TA-LoRA adapter, or a model with an injected one.
+        task: The task's name or index.
+
+    Returns:
+        The LoRA configuration, and the weights under the names that PEFT saves them with.
+
+    Raises:
+        ValueError: There is no active TA-LoRA adapter, or it does not know the task; or an mSAM's image size is not that
+            of its SAM, so that the encoder has other position embeddings than the SAM.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, TALoraLinear)}
+    adapter_name = _active_adapter(layers)
+    layers = {name: layer for name, layer in layers.items() if adapter_name in layer.talora_G}
+    _check_image_size(base)
+    state: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        index = task_index(task, layer.task_router.tasks[adapter_name])
+        state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = _lora_factors(
+            layer, adapter_name, index
+        )
+    norms = _trained_norms(base, adapter_name)
+    for name, norm in norms.items():
+        state |= {f"{PREFIX}{name}.{key}": value.detach().clone() for key, value in norm.state_dict().items()}
+    rank = min(min(layer.r_in[adapter_name], layer.r_out[adapter_name]) for layer in layers.values())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(layers),
+        modules_to_save=list(norms) or None,
+        base_model_name_or_path=getattr(base, "name_or_path", None) or None,
+        inference_mode=True,
+    )
+    return config, state
+
+
+def save_task_as_lora(model: nn.Module, task: str | int, directory: str | Path) -> Path:
+    """Write one task as a LoRA adapter that PEFT loads on the same SAM without this package.
+
+    Args:
+        model: As in [`task_to_lora`].
+        task: The task's name or index.
+        directory: Where to; created where missing, other files in it stay.
+    """
+    config, state = task_to_lora(model, task)
+    with written_aside(Path(directory)) as aside:
+        config.save_pretrained(aside)
+        save_file(state, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+    return Path(directory)
+
+
+def _active_adapter(layers: dict[str, TALoraLinear]) -> str:
+    names = {name for layer in layers.values() for name in layer.active_adapters if name in layer.talora_G}
+    if len(names) != 1:
+        raise ValueError(f"One active TA-LoRA adapter is needed, the model has {sorted(names) or 'none'}.")
+    return names.pop()
+
+
+@torch.no_grad()
+def _lora_factors(layer: TALoraLinear, adapter_name: str, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(r, d) and (k, r) with r = min(p, q)."""
+    U1, U2 = layer.talora_U1[adapter_name], layer._padded_U2(adapter_name)
+    core = layer._core(adapter_name, index)
+    if core.shape[0] <= core.shape[1]:
+        return U1.T.clone().contiguous(), U2 @ core.T
+    return (U1 @ core).T.contiguous(), U2.clone()
+
+
+def _trained_norms(base: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+    """The encoder's norms that were trained in full, by their names in the model."""
+    return {
+        name: module.modules_to_save[adapter_name]
+        for name, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        and name.startswith("vision_encoder.")
+        and adapter_name in module.modules_to_save
+    }
+
+
+def _check_image_size(base: nn.Module) -> None:
+    if not is_msam(base):
+        return
+    own, sams = base.config.vision_config.image_size, base.config.prompt_encoder_config.image_size
+    if own != sams:
+        raise ValueError(
+            f"The mSAM works at image_size={own}, its SAM at {sams}: a LoRA cannot carry the resized position "
+            "embeddings. Use task_to_sam, which gives a whole SamModel."
+        )
