@@ -44,8 +44,7 @@ def draw_predictions(model, processor, rows, tasks, path: Path, num_images: int 
             label = _crop(item["labels"][name], size, processor.image_size)
             value_range = _value_range(label) if spec.kind == "depth" else None
             pictures[f"{name}: truth"] = draw(spec, label, value_range)
-            pictures["prediction"] = draw(spec, prediction[name].cpu(), value_range)
-            pictures = {**pictures, f"{name}: prediction": pictures.pop("prediction")}
+            pictures[f"{name}: prediction"] = draw(spec, prediction[name].cpu(), value_range)
         grid.append(pictures)
     _save_grid(grid, path)
 
@@ -74,11 +73,11 @@ def _save_grid(grid: list[dict[str, np.ndarray]], path: Path) -> None:
     columns = len(grid[0])
     figure, axes = plt.subplots(len(grid), columns, figsize=(1.9 * columns, 2.0 * len(grid)), squeeze=False)
     for row, pictures in zip(axes, grid, strict=True):
-        for axis, (title, picture) in zip(row, pictures.items(), strict=True):
+        for axis, picture in zip(row, pictures.values(), strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set_axis_off()
-            if row is axes[0]:
-                axis.set_title(title, fontsize=9)
+    for axis, title in zip(axes[0], grid[0], strict=True):
+        axis.set_title(title, fontsize=9)
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -32,9 +32,11 @@ from peft_talora.msam.loading import load_sam
 sys.path.insert(0, str(Path(__file__).parent))
 from pictures import draw_predictions
 
-METHODS = ("talora", "lora", "decoder")
+METHODS = ("talora", "convlora", "lora", "decoder")
 # the learning rate of the adapter's own parameters at which each method did best (README, "What was measured")
-ADAPTER_LR = {"talora": 1e-3, "lora": 1e-3, "decoder": 0.0}
+ADAPTER_LR = {"talora": 1e-3, "convlora": 1e-3, "lora": 1e-3, "decoder": 0.0}
+# the rank at which each method was published; that of lora is talora's
+RANK = {"talora": 32, "convlora": 3, "lora": 32, "decoder": 1}
 # the recipe's weights on NYUv2: the cosine loss of normals is small beside the others
 TASK_WEIGHTS = {"normals": 4.0}
 
@@ -49,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="+", help="semantic depth normals saliency edges parts; default: all that have labels, "
         "for scenes the first three")  # fmt: skip
     add("--method", choices=METHODS, default="talora", help="lora is PEFT's own; decoder leaves the encoder alone")
-    add("--rank", type=int, default=32, help="rank of the adapter")
+    add("--rank", type=int, help="rank of the adapter; default: 32, for convlora 3")
     add("--init-weights", default=None, help="TALoraConfig.init_weights: True, orthogonal or normalized")
     add("--task-pass", choices=("joint", "sequential"), default="joint",
         help="all tasks in one forward, or one after the other with less memory")  # fmt: skip
@@ -59,7 +61,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="images per step and process")
     add("--grad-accumulation", type=int, default=1)
     add("--lr", type=float, help="learning rate of the adapter; default: the method's own")
-    add("--decoder-lr", type=float, default=1e-3, help="learning rate of decoders, no-mask embeddings and norms")
+    add("--decoder-lr", type=float, default=1e-3, help="learning rate of the mask decoders")
+    add("--norm-lr", type=float, default=1e-3, help="learning rate of the encoder's LayerNorms")
+    add("--embedding-lr", type=float, default=1e-2, help="learning rate of the no-mask embeddings")
     add("--weight-decay", type=float, default=1e-6)
     add("--seed", type=int, default=0)
     add("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
@@ -72,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "first) or 'none'; default: train for scenes, none otherwise")  # fmt: skip
     add("--report-to", choices=("none", "tensorboard", "trackio"), default="none")
     args = parser.parse_args(argv)
+    args.rank = RANK[args.method] if args.rank is None else args.rank
     for name in ("steps", "batch_size", "grad_accumulation", "rank", "num_train", "num_test"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -131,6 +136,8 @@ def add_adapter(msam: pt.MSamForMultiTask, args: argparse.Namespace, method: str
             else {"init_weights": {"True": True}.get(args.init_weights, args.init_weights)}
         )
         return get_peft_model(msam, pt.TALoraConfig(r=args.rank, **init))
+    if method == "convlora":
+        return get_peft_model(msam, pt.ConvLoraConfig(r=args.rank))
     saved = pt.default_modules_to_save(msam)
     if method == "lora":
         config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["qkv"], modules_to_save=saved)
@@ -140,14 +147,22 @@ def add_adapter(msam: pt.MSamForMultiTask, args: argparse.Namespace, method: str
 
 
 def make_optimizer(model, args: argparse.Namespace, method: str) -> torch.optim.Optimizer:
-    """Two learning rates: the adapter's own parameters, and the modules that are trained in full."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    full = [p for name, p in trainable if ".modules_to_save." in name]
-    adapter = [p for name, p in trainable if ".modules_to_save." not in name]
-    groups = [{"params": full, "lr": args.decoder_lr}]
-    if adapter:
-        groups.append({"params": adapter, "lr": ADAPTER_LR[method] if args.lr is None else args.lr})
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    """Three learning rates: decoders, their no-mask embeddings, and what changes the encoder.
+
+    All channels of a task start alike, and only their embeddings tell them apart: those have to move first.
+    """
+    adapter_lr = ADAPTER_LR[method] if args.lr is None else args.lr
+    rates = {
+        "mask_decoders.": args.decoder_lr,
+        "no_mask_embeds.": args.embedding_lr,
+        ".layer_norm": args.norm_lr,
+        "vision_encoder.": adapter_lr,
+    }
+    groups = {part: {"params": [], "lr": rate} for part, rate in rates.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[next(part for part in rates if part in name)]["params"].append(parameter)
+    return torch.optim.AdamW([g for g in groups.values() if g["params"]], weight_decay=args.weight_decay)
 
 
 # --- Training -------------------------------------------------------------------------------------------------------
@@ -230,6 +245,8 @@ def train(accelerator: Accelerator, args: argparse.Namespace, method: str, data,
         progress.update()
         progress.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
         accelerator.log({f"{method}/loss/{name}": loss for name, loss in losses.items()}, step=step)
+        if method == "convlora" and args.report_to != "none":
+            accelerator.log(usage_shares(accelerator.unwrap_model(model)), step=step)
         if output_dir and (step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0)):
             save_checkpoint(
                 accelerator, model, optimizer, scheduler, step, output_dir / "checkpoints" / f"step-{step}"
@@ -244,6 +261,15 @@ def train(accelerator: Accelerator, args: argparse.Namespace, method: str, data,
     seconds = time.perf_counter() - started
     results = evaluate(accelerator, model, test_loader, tasks)
     return accelerator.unwrap_model(model), processor, results, seconds
+
+
+def usage_shares(model) -> dict[str, float]:
+    """Which share of a layer's windows each expert of Conv-LoRA got in the last forward."""
+    return {
+        f"convlora/experts/{layer.removeprefix('base_model.model.')}/{scale}x": count / sum(counts)
+        for layer, counts in ((layer, counts.tolist()) for layer, counts in pt.expert_usage(model).items())
+        for scale, count in enumerate(counts, start=1)
+    }
 
 
 def save_checkpoint(accelerator: Accelerator, model, optimizer, scheduler, step: int, directory: Path) -> None:
@@ -345,6 +371,10 @@ def report(args: argparse.Namespace, model, results, baseline, seconds: float) -
     print(f"\n{sum(trainable.values()):,} trained parameters, {adapter:,} of them the adapter's own "
           f"({adapter * 4 / 1e6:.2f} MB of {weights.stat().st_size / 1e6:.2f} MB in the file: the rest are the tasks' "
           f"decoders and the encoder's norms); {seconds:.0f} s of training")  # fmt: skip
+    if args.method == "convlora":
+        counts = sum(pt.expert_usage(model).values())
+        shares = ", ".join(f"{scale}x {share:.0%}" for scale, share in enumerate(counts / counts.sum(), start=1))
+        print(f"Experts in use in the last forward, all layers: {shares}")
     if delta is not None:
         print(f"Delta_b over the baseline: {delta:+.1f} %")
     print(f"adapter, metrics.json and predictions.png are in {args.output_dir}")

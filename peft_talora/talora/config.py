@@ -11,7 +11,7 @@ from ..config_checks import check_positive_int, check_probability, normalise_tar
 from ..registration import add_peft_type
 from ..task_names import validate_task_names
 
-INIT_WEIGHTS = (True, False, "orthogonal", "normalized")
+INIT_WEIGHTS = (True, False, "lora", "orthogonal", "normalized")
 
 
 @dataclass
@@ -34,10 +34,11 @@ class TALoraConfig(PeftConfig):
             Three booleans for a fused q/k/v projection: which thirds of its output are updated. None updates the
             whole output, of any layer.
         init_weights (`bool` or `str`):
-            "normalized" scales U1, U2 and U3 so that the same optimiser step moves the weight as much as in LoRA of
-            the same rank and scaling, so that LoRA's learning rates fit. `True` is the published start (U1, U2, U3 ~
-            N(0, 1)), which needs learning rates some hundred times smaller. "orthogonal" starts from U1 and U2 with
-            orthonormal columns. G is zero in all three. `False` leaves nothing zero (for tests).
+            "lora" starts as one LoRA that all tasks share: M_t = I for every task, U1 drawn as LoRA's A, and U2 zero in
+            the place of LoRA's B, so that LoRA's learning rates fit. In the other starts G is zero: `True` is the
+            published one (U1, U2, U3 ~ N(0, 1)), which needs learning rates some hundred times smaller; "orthogonal" has
+            U1 and U2 with orthonormal columns; "normalized" scales U1, U2 and U3 so that the same optimiser step moves
+            the weight as much as in LoRA of the same rank and scaling. `False` leaves nothing zero (for tests).
         ortho_reg_weight (`float`):
             Weight of the orthogonality regulariser (MTSAM), see [`auxiliary_loss`]. 0 switches it off.
         target_modules (`list[str]` or `str`, *optional*):
@@ -76,11 +77,12 @@ class TALoraConfig(PeftConfig):
         metadata={"help": "For a fused q/k/v projection: three booleans, which thirds of the output are updated."},
     )
     init_weights: bool | str = field(
-        default="normalized",
+        default="lora",
         metadata={
             "help": (
-                "'normalized': factors scaled so that a step moves the weight as much as in LoRA. True: the published "
-                "start. 'orthogonal': U1 and U2 with orthonormal columns. False: nothing zero, for tests."
+                "'lora': as one LoRA shared by all tasks. True: the published start. 'orthogonal': U1 and U2 with "
+                "orthonormal columns. 'normalized': factors scaled so that a step moves the weight as much as in LoRA. "
+                "False: nothing zero, for tests."
             )
         },
     )

@@ -105,6 +105,8 @@ class TALoraLayer(BaseTunerLayer):
         if init_weights is True:
             for factor in (U1, U2, U3):
                 nn.init.normal_(factor)
+        elif init_weights == "lora":
+            _lora_init(G, U1, U2, U3)
         elif init_weights == "orthogonal":
             nn.init.orthogonal_(U1)
             nn.init.orthogonal_(U2)
@@ -140,6 +142,19 @@ def _normalized_init(U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> No
     nn.init.normal_(U1, std=1.0 / math.sqrt(d))
     nn.init.normal_(U2, std=math.sqrt(min(p, q) / (3.0 * p * q)))
     nn.init.normal_(U3, std=math.sqrt(math.pi / 2.0) / v)
+
+
+def _lora_init(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
+    """Start as one LoRA that all tasks share: M_t = I, A = U1^T with LoRA's own start, and B = s U2 zero.
+
+    With G zero a first step reaches only the span of q random output directions; with U2 zero it reaches all of them,
+    exactly as LoRA's does. The rows of U3 are random with sum 1, so that the slices of G part and the tasks with them.
+    """
+    nn.init.kaiming_uniform_(U1.T, a=math.sqrt(5))
+    nn.init.zeros_(U2)
+    G.copy_(torch.eye(*G.shape[:2], dtype=G.dtype, device=G.device)[:, :, None].expand_as(G))
+    nn.init.normal_(U3).abs_()
+    U3.div_(U3.sum(dim=1, keepdim=True))
 
 
 def _eye_like(gram: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import SamModel
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec, default_modules_to_save
-from peft_talora.msam.export import task_to_sam
+from peft_talora.export import task_to_sam
 
 TASKS = {"depth": TaskSpec("depth"), "edges": TaskSpec("binary"), "parts": TaskSpec("parts", 3)}
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec
-from peft_talora.talora.export import save_task_as_lora, task_to_lora
+from peft_talora.export import save_task_as_lora, task_to_lora
 
 TASKS = {"depth": TaskSpec("depth"), "edges": TaskSpec("binary")}
 

@@ -236,6 +236,23 @@ class TestInit:
         G, *others = factors_of(layer)
         assert G.grad.abs().max() > 0 and not G.any() and all(u.abs().min() > 0 for u in others)
 
+    def test_lora_start_is_a_shared_lora_whose_first_step_moves_all_outputs(self):
+        model, layer = tuned_linear(in_features=40, init_weights="lora", r_in=4, r_out=3)
+        G, U1, U2, U3 = factors_of(layer)
+        x = torch.randn(5, 40, dtype=torch.float64)
+        assert not U2.any() and torch.equal(model(x), layer.get_base_layer()(x))
+        assert U1.abs().max() <= 40**-0.5 and U1.std() > 0.4 * 40**-0.5
+        for task in range(3):
+            torch.testing.assert_close(layer._core("default", task) / 0.5, torch.eye(4, 3, dtype=torch.float64))
+        model(x).sin().sum().backward()
+        assert torch.linalg.matrix_rank(U2.grad) == 3 and not G.grad.any() and not U1.grad.any()
+        # one step on, the slices of G and the rows of U3 get different gradients: the tasks can part
+        with torch.no_grad():
+            U2.sub_(0.1 * U2.grad)
+        model.zero_grad()
+        model(x).sin().sum().backward()
+        assert (G.grad[:, :, 0] - G.grad[:, :, 1]).abs().max() > 1e-6 and U3.grad[0].any() and not U3.grad[1].any()
+
     def test_published_start_is_standard_normal(self):
         _, layer = tuned_linear(200, 210, tasks=[f"t{i}" for i in range(100)], r=64, r_in=None, r_out=None, r_task=50,
                                 init_weights=True)  # fmt: skip
