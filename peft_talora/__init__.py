@@ -5,6 +5,8 @@ Importing the package registers the tuners with PEFT: `get_peft_model(sam, TALor
 """
 
 from .auxiliary import auxiliary_loss
+from .convlora import ConvLoraConfig, ConvLoraLayer, ConvLoraLinear, ConvLoraModel, expert_usage
+from .export import convlora_from_autogluon, save_task_as_lora, task_to_lora, task_to_sam
 from .hub import load_adapter, save_adapter
 from .metrics import delta_b
 from .msam import MSamConfig, MSamForMultiTask, MSamOutput, MSamProcessor, TaskSpec
@@ -15,6 +17,10 @@ from .talora import TALoraConfig, TALoraLayer, TALoraLinear, TALoraModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConvLoraConfig",
+    "ConvLoraLayer",
+    "ConvLoraLinear",
+    "ConvLoraModel",
     "MSamConfig",
     "MSamForMultiTask",
     "MSamOutput",
@@ -26,10 +32,15 @@ __all__ = [
     "TaskSpec",
     "auxiliary_loss",
     "checkpoint_context",
+    "convlora_from_autogluon",
     "default_modules_to_save",
     "delta_b",
+    "expert_usage",
     "load_adapter",
     "save_adapter",
+    "save_task_as_lora",
     "set_task",
+    "task_to_lora",
+    "task_to_sam",
     "use_task",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .routing import checkpoint_context
+from .routing import checkpoint_context, replaying
 
 REENTRANT_ERROR = (
     "Reentrant gradient checkpointing (use_reentrant=True) is not supported: its replay cannot be told which tasks the "
@@ -98,3 +98,8 @@ def _is_hooked(block: nn.Module) -> bool:
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_replay() -> bool:
+    """Whether a layer runs again for activation checkpointing, with or without `checkpoint_context`."""
+    return replaying() or in_backward()

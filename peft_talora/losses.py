@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 MIN_POSITIVE_WEIGHT = 1.0
 MAX_POSITIVE_WEIGHT = 20.0
 
+# The structure loss: side of the neighbourhood, and how much more a pixel counts that differs from all of it.
+STRUCTURE_WINDOW = 31
+STRUCTURE_CONTRAST = 5.0
+
 # Keeps the gradient of the direction finite where the predicted vector is (almost) zero.
 _NORM_EPS = 1e-6
 
@@ -65,6 +69,27 @@ def balanced_bce(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")[:, 0]
 
 
+def structure_loss(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+    """Weighted cross entropy plus weighted IoU of a mask per pixel (B, H, W); the loss of Conv-LoRA's binary tasks.
+
+    From F3Net (arXiv 1911.11445, section 3.3), used by arXiv 2401.17868. A pixel's weight is 1 + 5 |mean - mask|, with the mean
+    of the mask over 31 x 31 pixels: a pixel near an outline counts up to six times. Unlabelled pixels count as background
+    in that mean, as what lies beyond the image does, and not at all otherwise. The IoU is one number per image: every one of
+    its pixels has it, so that the mean over the labelled pixels is the published loss of the image.
+    """
+    padding = STRUCTURE_WINDOW // 2
+    mean = F.avg_pool2d(labels, (STRUCTURE_WINDOW, 1), stride=1, padding=(padding, 0))
+    mean = F.avg_pool2d(mean, (1, STRUCTURE_WINDOW), stride=1, padding=(0, padding))
+    weight = (1 + STRUCTURE_CONTRAST * (mean - labels).abs()) * labelled[:, None]
+    cross_entropies = weight * F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    mean_weight = weight.sum(dim=(1, 2, 3), keepdim=True) / labelled.sum(dim=(1, 2))[:, None, None, None].clamp(min=1)
+    probability = logits.sigmoid()
+    intersection = (weight * probability * labels).sum(dim=(1, 2, 3), keepdim=True)
+    union = (weight * (probability + labels)).sum(dim=(1, 2, 3), keepdim=True) - intersection
+    iou_loss = 1 - (intersection + 1) / (union + 1)
+    return (cross_entropies / mean_weight.clamp(min=_NORM_EPS) + iou_loss)[:, 0]
+
+
 def absolute_error(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
     """L1 distance per pixel (B, H, W), the mean over the channels."""
     return (logits - labels).abs().mean(dim=1)
@@ -101,7 +126,7 @@ def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
     It is exactly 0, with zero gradients, where nothing is labelled, whatever the logits and the labels hold there.
 
     Args:
-        spec: The task, whose kind fixes the loss of a pixel and which pixels are labelled.
+        spec: The task, which says the loss of a pixel and which pixels are labelled.
         logits: (B, N, h, w); they are resized (bilinear) to the resolution of the labels.
         labels: (B, H, W) int for class maps, (B, C, H, W) otherwise. See [`check_labels`].
 
@@ -117,7 +142,7 @@ def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
         labels = torch.where(labelled, labels, 0).long()
     else:
         labels = torch.where(labelled[:, None], labels, 0).to(logits.dtype)
-    return mean_over_images(kind.pixel_loss(logits, labels, labelled), labelled)
+    return mean_over_images(spec.pixel_loss(logits, labels, labelled), labelled)
 
 
 def check_labels(name: str, spec: TaskSpec, labels: Tensor, batch_size: int, rows: Tensor | None = None) -> None:

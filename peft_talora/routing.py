@@ -46,6 +46,21 @@ class _ThreadRouting(threading.local):
         self.routing: Routing | None = None
 
 
+class _ThreadReplay(threading.local):
+    """Whether the current thread replays a checkpointed forward."""
+
+    def __init__(self) -> None:
+        self.active = False
+
+
+_REPLAY = _ThreadReplay()
+
+
+def replaying() -> bool:
+    """Whether this thread runs a block again for activation checkpointing, inside of `checkpoint_context`'s replay."""
+    return _REPLAY.active
+
+
 class TaskRouter:
     """Routes the samples of a forward to tasks, for all adapters of one model.
 
@@ -248,6 +263,8 @@ def use_task(model: nn.Module, task: TaskRequest) -> Iterator[None]:
 def checkpoint_context() -> tuple[Any, Any]:
     """The `context_fn` for `torch.utils.checkpoint.checkpoint`: the replay uses the tasks of the forward.
 
+    Layers that keep something of their last forward know by [`replaying`] that this is none.
+
     Example:
         ```py
         checkpoint(block, x, use_reentrant=False, context_fn=peft_talora.checkpoint_context)
@@ -260,6 +277,16 @@ def checkpoint_context() -> tuple[Any, Any]:
         with ExitStack() as stack:
             for router, routing in snapshots:
                 stack.enter_context(router.using(routing))
+            stack.enter_context(_replay_flag())
             yield
 
     return nullcontext(), replay()
+
+
+@contextmanager
+def _replay_flag() -> Iterator[None]:
+    previous, _REPLAY.active = _REPLAY.active, True
+    try:
+        yield
+    finally:
+        _REPLAY.active = previous

@@ -195,3 +195,66 @@ def test_fitting_labels_pass(name):
 def test_labels_that_do_not_fit(kind, labels, message):
     with pytest.raises(ValueError, match=message):
         check_labels("here", SPECS[kind], labels, 2)
+
+
+class TestStructureLoss:
+    """The loss of binary tasks in the Conv-LoRA recipe (F3Net's)."""
+
+    SPEC = TaskSpec("binary", loss="structure")
+
+    def make(self, height=40, width=33, images=2):
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.zeros(images, 1, height, width, dtype=torch.float64)
+        labels[:, :, 5:30, 8:20] = 1
+        logits = 2 * torch.randn(images, 1, height, width, dtype=torch.float64, generator=generator)
+        return logits.requires_grad_(), labels
+
+    def published(self, logits, labels):
+        """As released: pixel weights from a 31 x 31 mean, weighted cross entropy plus weighted IoU."""
+        weight = 1 + 5 * (F.avg_pool2d(labels, kernel_size=31, stride=1, padding=15) - labels).abs()
+        bce = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        bce = (weight * bce).sum((2, 3)) / weight.sum((2, 3))
+        probability = logits.sigmoid()
+        intersection = (probability * labels * weight).sum((2, 3))
+        union = ((probability + labels) * weight).sum((2, 3))
+        return (bce + 1 - (intersection + 1) / (union - intersection + 1)).mean()
+
+    def test_value_and_gradient_are_the_published_ones(self):
+        logits, labels = self.make()
+        loss, expected = task_loss(self.SPEC, logits, labels), self.published(logits, labels)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-12) and loss > 0.5
+        got, want = torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0]
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+
+    def test_unlabelled_pixels_are_like_what_is_beyond_the_image(self):
+        logits, labels = self.make()
+        larger = F.pad(labels, (20, 20, 20, 20), value=255)
+        wild = F.pad(logits.detach(), (20, 20, 20, 20), value=torch.inf).requires_grad_()
+        loss = task_loss(self.SPEC, wild, larger)
+        assert loss.item() == pytest.approx(self.published(logits, labels).item(), abs=1e-12)
+        loss.backward()
+        inner = wild.grad[:, :, 20:-20, 20:-20]
+        assert wild.grad.isfinite().all() and wild.grad.abs().sum() == inner.abs().sum() > 0
+
+    @pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
+    def test_nothing_labelled_is_exactly_zero(self, value):
+        logits = torch.full((2, 1, 8, 8), value, requires_grad=True)
+        loss = task_loss(self.SPEC, logits, torch.full((2, 1, 8, 8), -1.0))
+        loss.backward()
+        assert loss.item() == 0 and logits.grad.eq(0).all()
+
+    def test_float16_logits(self):
+        logits, labels = self.make()
+        loss = task_loss(self.SPEC, logits.half(), labels)
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(
+            self.published(logits, labels).item(), rel=1e-2
+        )
+
+    def test_the_field(self):
+        assert TaskSpec.from_dict(self.SPEC.to_dict()) == self.SPEC != TaskSpec("binary")
+        with pytest.raises(
+            ValueError, match=r"loss of a binary task must be one of \[None, 'structure'\], got 'dice'"
+        ):
+            TaskSpec("binary", loss="dice")
+        with pytest.raises(ValueError, match=r"loss of a depth task must be one of \[None\], got 'structure'"):
+            TaskSpec("depth", loss="structure")

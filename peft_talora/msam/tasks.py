@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +35,7 @@ class TaskKind:
         is_distance: Values are distances: enlarging an image by z divides them by z.
         has_classes: Channels are classes, numbered from 0.
         largest_label: num_channels -> the largest label allowed, or None where there is no bound.
+        other_losses: {name: as pixel_loss}, what a task can choose instead.
     """
 
     channels: int | None
@@ -50,6 +51,7 @@ class TaskKind:
     is_distance: bool = False
     has_classes: bool = False
     largest_label: Callable[[int], int | None] = lambda num_channels: None
+    other_losses: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = field(default_factory=dict)
 
 
 _CLASSES = TaskKind(
@@ -80,6 +82,7 @@ KINDS: dict[str, TaskKind] = {
         resample="nearest",
         padding=None,
         largest_label=lambda num_channels: 1,
+        other_losses={"structure": losses.structure_loss},
     ),
     "depth": TaskKind(
         channels=1,
@@ -132,6 +135,7 @@ class TaskSpec:
         weight: Factor of the task's loss.
         ignore_index: Label of unlabelled pixels of "semantic", "parts" and "binary"; negative ones are unlabelled too.
         class_names: Names of the channels.
+        loss: Another loss than the kind's own: "structure" (weighted cross entropy and IoU) for "binary".
 
     Raises:
         ValueError: If the values are not possible or contradict each other.
@@ -142,6 +146,7 @@ class TaskSpec:
     weight: float = 1.0
     ignore_index: int = 255
     class_names: list[str] | None = None
+    loss: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -152,6 +157,9 @@ class TaskSpec:
         if not _is_integer(self.ignore_index):
             raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
         self.class_names = self._checked_class_names()
+        if self.loss is not None and self.loss not in self.task_kind.other_losses:
+            known = [None, *self.task_kind.other_losses]
+            raise ValueError(f"the loss of a {self.kind} task must be one of {known}, got {self.loss!r}")
 
     @property
     def task_kind(self) -> TaskKind:
@@ -159,13 +167,18 @@ class TaskSpec:
         return KINDS[self.kind]
 
     @property
+    def pixel_loss(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The loss of a pixel, see [`TaskKind`]."""
+        return self.task_kind.pixel_loss if self.loss is None else self.task_kind.other_losses[self.loss]
+
+    @property
     def padding(self) -> float:
         """The value that marks unlabelled pixels of a label map."""
         return self.ignore_index if self.task_kind.padding is None else self.task_kind.padding
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON has them."""
-        return asdict(self)
+        """All fields, as JSON has them; `loss` only where it is not the kind's own."""
+        return {name: value for name, value in asdict(self).items() if name != "loss" or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TaskSpec:

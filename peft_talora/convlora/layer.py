@@ -1,0 +1,285 @@
+"""The Conv-LoRA layer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from torch.nn import functional as F
+
+from ..checkpointing import is_replay
+from .config import ConvLoraConfig
+from .experts import expert_outputs
+from .gate import choose
+
+MERGE_ERROR = (
+    "Conv-LoRA cannot be merged: its update goes through a GELU, mixes neighbouring tokens and picks another expert for "
+    "every input, so that no weight of the base layer is equal to it. Keep the adapter for inference (save_pretrained writes "
+    "it, PeftModel.from_pretrained loads it), or call unload() to get the base model without it."
+)
+
+
+# up to this rank the product with B is written out in compiled graphs
+_MAX_JOINED_RANK = 8
+
+
+class _LastForward:
+    """What a layer keeps of its last forward, for the auxiliary loss and the usage. Neither copied nor saved.
+
+    Attributes:
+        choices (`dict[str, tuple[Tensor, Tensor]]`):
+            Per active adapter the expert of each sample (B',) and the balancing loss (), not weighted.
+    """
+
+    def __init__(self) -> None:
+        self.choices: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __reduce__(self) -> tuple:
+        return _LastForward, ()
+
+
+class ConvLoraLayer(BaseTunerLayer):
+    """The parameters of Conv-LoRA for one linear layer, and what PEFT does with every tuner layer."""
+
+    # All names of layers that may contain (trainable) adapter weights
+    adapter_layer_names = (
+        "convlora_A",
+        "convlora_B",
+        "convlora_expert_weight",
+        "convlora_expert_bias",
+        "convlora_gate",
+        "convlora_noise",
+    )
+    # All names of other parameters that may contain adapter-related parameters
+    other_param_names = (
+        "r",
+        "convlora_alpha",
+        "scaling",
+        "num_experts",
+        "convlora_dropout",
+        "noisy_gating",
+        "aux_loss_weight",
+        "gate_gradient",
+        "grid_size",
+        "num_prefix_tokens",
+    )
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.r: dict[str, int] = {}
+        self.convlora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.num_experts: dict[str, int] = {}
+        self.noisy_gating: dict[str, bool] = {}
+        self.aux_loss_weight: dict[str, float] = {}
+        self.gate_gradient: dict[str, bool] = {}
+        self.grid_size: dict[str, tuple[int, int] | None] = {}
+        self.num_prefix_tokens: dict[str, int] = {}
+        self.convlora_dropout = nn.ModuleDict({})
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict({}))
+        # Mark the weight as unmerged
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.last_forward = _LastForward()
+        # flag to enable/disable casting of input to weight dtype during forward call
+        self.cast_input_dtype_enabled = True
+        self.kwargs = kwargs
+
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}.")
+        self.in_features, self.out_features = in_features, out_features
+
+    def update_layer(self, adapter_name: str, config: ConvLoraConfig, name: str = "") -> None:
+        """Add the parameters of the adapter `adapter_name`.
+
+        Args:
+            adapter_name: The adapter's name.
+            config: The adapter's configuration.
+            name: The layer's full name in the model.
+        """
+        r, n = config.r, config.num_experts
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = config.convlora_alpha / r
+        for option in ("convlora_alpha", "num_experts", "noisy_gating", "aux_loss_weight", "gate_gradient", "grid_size",
+                       "num_prefix_tokens"):  # fmt: skip
+            getattr(self, option)[adapter_name] = getattr(config, option)
+        dropout = nn.Dropout(p=config.convlora_dropout) if config.convlora_dropout > 0.0 else nn.Identity()
+        self.convlora_dropout.update(nn.ModuleDict({adapter_name: dropout}))
+        shapes = ((r, self.in_features), (self.out_features, r), (n, r, r, 3, 3), (n, r), (r, n), (r, n))
+        for parameters, shape in zip(self.adapter_layer_names, shapes, strict=True):
+            getattr(self, parameters)[adapter_name] = nn.Parameter(torch.zeros(shape))
+
+        self.reset_convlora_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def reset_convlora_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """Fill the parameters as `ConvLoraConfig.init_weights` says."""
+        parameters = [getattr(self, name)[adapter_name] for name in self.adapter_layer_names]
+        if any(parameter.device.type == "meta" for parameter in parameters):
+            return
+        A, B, expert_weight, *others = parameters
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        # as nn.Conv2d starts
+        for kernel in expert_weight:
+            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+        for parameter in (B, *others):
+            if init_weights:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter)
+
+    def expert_counts(self, adapter_name: str) -> torch.Tensor | None:
+        """How many samples of the last forward each expert got, (n,); None where there was none."""
+        if adapter_name not in self.last_forward.choices:
+            return None
+        index, _ = self.last_forward.choices[adapter_name]
+        return F.one_hot(index, self.num_experts[adapter_name]).sum(0)
+
+    def balancing_loss(self, adapter_name: str) -> torch.Tensor | None:
+        """The weighted balancing loss of the last forward, (); None where there was none."""
+        if adapter_name not in self.last_forward.choices:
+            return None
+        _, loss = self.last_forward.choices[adapter_name]
+        return self.aux_loss_weight[adapter_name] * loss
+
+    def remember(self, choices: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Replace what is kept of the last forward, unless this is a replay of it by activation checkpointing."""
+        if torch.compiler.is_compiling() or not is_replay():
+            self.last_forward.choices = choices
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.last_forward.choices = {}
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _add_product(result: torch.Tensor, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """result + B hidden: (..., k), (..., r), (k, r) -> (..., k)."""
+    if torch.compiler.is_compiling() and B.shape[1] <= _MAX_JOINED_RANK:
+        # a compiler joins thin outer products with the addition: one pass over the layer's largest tensor, and no further one
+        for column, weight in zip(hidden.unbind(-1), B.unbind(-1), strict=True):
+            result = result + column[..., None] * weight
+        return result
+    # a contiguous B^T: autograd then computes the gradient of B as hidden^T times gradient, which CPUs do several times faster
+    # than gradient^T times hidden
+    transposed = B.T.contiguous()
+    if result.dtype != hidden.dtype:
+        return result + hidden @ transposed
+    flat = torch.addmm(result.reshape(-1, result.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), transposed)
+    return flat.reshape(result.shape)
+
+
+class ConvLoraLinear(nn.Module, ConvLoraLayer):
+    r"""A linear layer W0 (k x d) with a low-rank update and convolutional experts (Conv-LoRA, arXiv 2401.17868, section 3).
+
+        Z = A dropout(x)
+        y = W0 x + bias + (alpha / r) B (Z + E_e(Z))
+        E_e(Z) = down_s(GELU(conv_e(up_s(Z)))),  s = e + 1,  e in 0..n-1
+
+    A is (r, d), B (k, r), conv_e a 3x3 convolution r -> r with a bias, up_s and down_s bicubic resizing by s. Each sample gets
+    one expert, the one with the largest logit; with g the mean of Z over the sample's tokens
+
+        clean = g W_gate,  std = softplus(g W_noise) + 0.01,  logits = clean + N(0, 1) std in training, clean in eval
+
+    W_gate and W_noise are (r, n). They get a gradient from the balancing loss ([`auxiliary_loss`]) and, with
+    `gate_gradient`, from the task's loss.
+
+    Input `(..., H, W, d)` with one grid of tokens per sample (SAM's windows are samples of their own), or `(B', N, d)` with N
+    = num_prefix_tokens + H W, the grid after the prefix tokens, row by row. Returns `(..., k)`.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: ConvLoraConfig, name: str = "", **kwargs: Any
+    ) -> None:
+        super().__init__()
+        ConvLoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config, name=name)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters:
+            self.remember({})
+            return self.base_layer(x, *args, **kwargs)
+
+        result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        result_dtype = result.dtype
+        choices = {}
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.convlora_A:
+                x = self._cast_input_dtype(x, self.convlora_A[adapter_name].dtype)
+                hidden, choices[adapter_name] = self._hidden(adapter_name, x)
+                result = _add_product(result, hidden, self.convlora_B[adapter_name])
+        self.remember(choices)
+        return result.to(result_dtype)
+
+    def _hidden(self, adapter_name: str, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """(alpha / r) (Z + E(Z)) of shape (..., r), and what is kept of the choice of experts."""
+        prefix, height, width = self._grid_of(adapter_name, x)
+        tokens = F.linear(self.convlora_dropout[adapter_name](x), self.convlora_A[adapter_name])
+        grid = tokens[:, prefix:] if prefix else tokens
+        grid = grid.reshape(-1, height, width, tokens.shape[-1])
+
+        gate, noise = self.convlora_gate[adapter_name], self.convlora_noise[adapter_name]
+        features = grid.mean((1, 2), dtype=torch.promote_types(grid.dtype, torch.float32))
+        choice = choose(features, gate, noise, noisy=self.noisy_gating[adapter_name] and self.training)
+        # the gate is in the graph of every forward, so that DDP need not look for unused parameters: a zero with zero gradients
+        bias = self.convlora_expert_bias[adapter_name] + gate.flatten()[:0].sum() + noise.flatten()[:0].sum()
+        expert = expert_outputs(grid, choice.index, self.convlora_expert_weight[adapter_name], bias)
+        if self.gate_gradient[adapter_name]:
+            expert = expert * choice.factor().to(expert.dtype)[:, None, None, None]
+
+        if prefix:
+            expert = F.pad(expert.flatten(1, 2), (0, 0, prefix, 0))
+        hidden = (tokens + expert.reshape(tokens.shape)) * self.scaling[adapter_name]
+        return hidden, (choice.index, choice.loss)
+
+    def _grid_of(self, adapter_name: str, x: torch.Tensor) -> tuple[int, int, int]:
+        """Number of prefix tokens, height and width of the grid in an input (..., H, W, d) or (B', N, d)."""
+        if x.ndim > 3:
+            return 0, x.shape[-3], x.shape[-2]
+        shape, prefix = tuple(x.shape), self.num_prefix_tokens[adapter_name]
+        if x.ndim < 3:
+            raise ValueError(
+                f"Conv-LoRA works on grids of tokens: expected an input (..., H, W, {self.in_features}) or (B, N, "
+                f"{self.in_features}), got {shape}. Layers without a grid can be left out with exclude_modules."
+            )
+        number = shape[1] - prefix
+        if self.grid_size[adapter_name] is not None:
+            height, width = self.grid_size[adapter_name]
+        else:
+            height = width = math.isqrt(max(number, 0))
+        if height * width != number or number < 1:
+            given = "" if self.grid_size[adapter_name] is None else f"grid_size={self.grid_size[adapter_name]}, "
+            raise ValueError(
+                f"An input (B, N, C) of {shape} has {shape[1]} tokens, {prefix} of them prefix tokens: the other {number} "
+                f"are no {'grid' if given else 'square grid'} ({given}num_prefix_tokens={prefix}). Set grid_size and "
+                "num_prefix_tokens in ConvLoraConfig."
+            )
+        return prefix, height, width
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible: raises NotImplementedError that says why, and what to do instead."""
+        raise NotImplementedError(MERGE_ERROR)
+
+    def unmerge(self) -> None:
+        """Conv-LoRA is never merged."""
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+
+    def __repr__(self) -> str:
+        return "convlora." + super().__repr__()
