@@ -760,13 +760,13 @@ class TestTraining:
         }
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses = []
-        for _ in range(12):
+        for _ in range(30):
             loss = model(pixels, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        assert losses[-1] < 0.8 * losses[0]
+        assert losses[-1] < 0.5 * losses[0]
 
     def test_autocast(self, sam):
         model = get_peft_model(MSamForMultiTask.from_sam(sam, specs()), TALoraConfig(r=4, init_weights=False)).train()
