@@ -57,8 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="all tasks in one forward, or one after the other with less memory")  # fmt: skip
     add("--channel-mode", choices=("prompt", "token"), default="prompt")
     add("--image-size", type=int, help="side of the model's input in pixels; default: the base's own")
-    add("--steps", type=int, default=100, help="optimiser steps")
-    add("--batch-size", type=int, default=8, help="images per step and process")
+    add("--steps", type=int, default=200, help="optimiser steps")
+    add("--batch-size", type=int, default=4, help="images per step and process")
     add("--grad-accumulation", type=int, default=1)
     add("--lr", type=float, help="learning rate of the adapter; default: the method's own")
     add("--decoder-lr", type=float, default=1e-3, help="learning rate of the mask decoders")
