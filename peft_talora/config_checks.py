@@ -1,8 +1,11 @@
-"""Checks that the configurations of both tuners share."""
+"""What the configurations of both tuners share."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
+
+from peft.config import PeftConfig
 
 
 def check_positive_int(name: str, value: Any) -> None:
@@ -15,6 +18,37 @@ def check_probability(name: str, value: Any) -> None:
     """Raise ValueError unless 0 <= `value` < 1."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
+
+
+@dataclass
+class TargetsConfig(PeftConfig):
+    """Which modules an adapter changes or saves in full; each tuner's docstring says what None means."""
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names or a regular expression of the modules to adapt; the fused qkv of SAM when None."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of the modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Adapt only the layers with these indices; target_modules must be a list then."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "The name of the layers' list, used only with layers_to_transform."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules that are trained in full and saved; for mSAM filled when None."},
+    )
+    msam: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What an MSamForMultiTask needs to be rebuilt; filled by get_peft_model."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        normalise_targets(self)
 
 
 def normalise_targets(config: Any) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
-from peft.config import PeftConfig
-
-from ..config_checks import check_positive_int, check_probability, normalise_targets
+from ..config_checks import TargetsConfig, check_positive_int, check_probability
 from ..registration import add_peft_type
 
 
 @dataclass
-class ConvLoraConfig(PeftConfig):
+class ConvLoraConfig(TargetsConfig):
     """Configuration of a [`ConvLoraModel`]: LoRA with convolutional experts of several scales in its bottleneck.
 
     The method is described in https://huggingface.co/papers/2401.17868.
@@ -84,27 +81,6 @@ class ConvLoraConfig(PeftConfig):
         default=True,
         metadata={"help": "True: the published start, an unchanged model. False: nothing zero, for tests."},
     )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names or a regular expression of the modules to adapt; the fused qkv of SAM when None."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regular expression of the modules to leave alone."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Adapt only the layers with these indices; target_modules must be a list then."},
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "The name of the layers' list, used only with layers_to_transform."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further modules that are trained in full and saved; for mSAM filled when None."},
-    )
-    msam: dict[str, Any] | None = field(
-        default=None, metadata={"help": "What an MSamForMultiTask needs to be rebuilt; filled by get_peft_model."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +98,6 @@ class ConvLoraConfig(PeftConfig):
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ValueError(f"`num_prefix_tokens` must be an integer of at least 0, got {prefix!r}.")
         self._check_grid_size()
-        normalise_targets(self)
 
     def _check_grid_size(self) -> None:
         if self.grid_size is None:

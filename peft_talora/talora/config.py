@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from peft.config import PeftConfig
-
-from ..config_checks import check_positive_int, check_probability, normalise_targets
+from ..config_checks import TargetsConfig, check_positive_int, check_probability
 from ..registration import add_peft_type
 from ..task_names import validate_task_names
 
@@ -15,7 +12,7 @@ INIT_WEIGHTS = (True, False, "lora", "orthogonal", "normalized")
 
 
 @dataclass
-class TALoraConfig(PeftConfig):
+class TALoraConfig(TargetsConfig):
     """Configuration of a [`TALoraModel`]: one Tucker-factorised update tensor per layer for all tasks.
 
     The method is described in https://huggingface.co/papers/2403.10971 (section 3.2).
@@ -89,27 +86,6 @@ class TALoraConfig(PeftConfig):
     ortho_reg_weight: float = field(
         default=0.0, metadata={"help": "Weight of the orthogonality regulariser; 0 switches it off."}
     )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names or a regular expression of the modules to adapt; the fused qkv of SAM when None."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regular expression of the modules to leave alone."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Adapt only the layers with these indices; target_modules must be a list then."},
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "The name of the layers' list, used only with layers_to_transform."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further modules that are trained in full and saved; for mSAM filled when None."},
-    )
-    msam: dict[str, Any] | None = field(
-        default=None, metadata={"help": "What an MSamForMultiTask needs to be rebuilt; filled by get_peft_model."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,7 +103,6 @@ class TALoraConfig(PeftConfig):
         if not isinstance(self.init_weights, bool | str) or self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"`init_weights` must be one of {INIT_WEIGHTS}, got {self.init_weights!r}.")
         self._check_enable_qkv()
-        normalise_targets(self)
 
     def _check_enable_qkv(self) -> None:
         if self.enable_qkv is None:
