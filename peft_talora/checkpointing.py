@@ -4,7 +4,7 @@ A checkpointed block runs a second time during backward, when the `with` block o
 over, and perhaps in another thread. So every checkpointed block that holds tuned layers gets the `context_fn` that
 replays the tasks of its own forward. transformers stores the checkpoint function on the block whenever the user
 switches checkpointing on, before or after the adapter was added; forward pre-hooks on the block and on the modules around
-it therefore look at it right before it is used. (Before transformers 5.2x a block's own hooks run inside the checkpoint.)
+it therefore look at it right before it is used. (In transformers 5.10 a block's own hooks run inside the checkpoint.)
 """
 
 from __future__ import annotations
