@@ -22,7 +22,9 @@ class MSamConfig(SamConfig):
         tasks (`dict` or `list`):
             `{name: TaskSpec or its fields}`, ordered, or the list of `{"name": ..., **fields}` that files hold (JSON
             writers sort keys, and the order of the tasks means something). Stored as the list.
-        channel_mode (`str`): "prompt": one decoder pass per output channel, as published.
+        channel_mode (`str`):
+            "prompt": one decoder pass per output channel, as published. "token": one per task, with a mask token and a
+            hypernetwork per channel.
     """
 
     model_type = "msam"
@@ -34,8 +36,6 @@ class MSamConfig(SamConfig):
         self.tasks = tasks_to_list(parse_tasks(self.tasks)) if self.tasks else []
         if self.channel_mode not in CHANNEL_MODES:
             raise ValueError(f"`channel_mode` must be one of {CHANNEL_MODES}, got {self.channel_mode!r}.")
-        if self.channel_mode == "token":
-            raise NotImplementedError('`channel_mode="token"` is not implemented yet; use "prompt".')
         super().__post_init__(**kwargs)
 
     @property

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import SamConfig, SamModel
 
 from .modeling import MSamForMultiTask
+from .token_decoder import single_channel_config
 
 
 @torch.no_grad()
@@ -64,10 +65,9 @@ def _sam_config(msam: MSamForMultiTask) -> SamConfig:
     prompt = copy.deepcopy(msam.config.prompt_encoder_config)
     prompt.image_size = vision.image_size
     prompt.image_embedding_size = msam.config.grid_size
-    config = SamConfig(
-        vision_config=vision,
-        prompt_encoder_config=prompt,
-        mask_decoder_config=copy.deepcopy(msam.config.mask_decoder_config),
-    )
+    decoder = copy.deepcopy(msam.config.mask_decoder_config)
+    if msam.config.channel_mode == "token":
+        decoder = single_channel_config(decoder)
+    config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
     config._attn_implementation = msam.config._attn_implementation
     return config

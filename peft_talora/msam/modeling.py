@@ -30,6 +30,7 @@ from .interpolation import encoder_state_for
 from .loading import load_sam
 from .processing import post_process
 from .tasks import Tasks, TaskSpec, parse_tasks
+from .token_decoder import MSamTokenDecoder, token_decoder_state
 
 
 @dataclass
@@ -60,8 +61,11 @@ class MSamForMultiTask(SamPreTrainedModel):
     task plus E_t[c] spread over h x w, no sparse prompts, and SAM's dense positional encoding; its mask token 0 gives
     the channel's logits (4h, 4w).
 
-    Modules: `vision_encoder`, `shared_image_embedding`, `no_mask_embeds[task]` (`nn.Embedding(N_t, C)`) and
-    `mask_decoders[task]` (a `SamMaskDecoder` whose IoU head is frozen: it gets no loss).
+    With `channel_mode="token"` (not in the paper) E_t is one vector, and the decoder has a mask token and a
+    hypernetwork per channel: one decoder pass for a task instead of N_t. The logits are others from the start on.
+
+    Modules: `vision_encoder`, `shared_image_embedding`, `no_mask_embeds[task]` (`nn.Embedding(N_t, C)`, one row in token
+    mode) and `mask_decoders[task]` (a `SamMaskDecoder` whose IoU head is frozen: it gets no loss).
 
     Example:
         ```py
@@ -97,13 +101,23 @@ class MSamForMultiTask(SamPreTrainedModel):
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         hidden_size = config.mask_decoder_config.hidden_size
         self.no_mask_embeds = nn.ModuleDict(
-            {name: nn.Embedding(spec.num_channels, hidden_size) for name, spec in self.task_specs.items()}
+            {
+                name: nn.Embedding(1 if self._decodes_tokens else spec.num_channels, hidden_size)
+                for name, spec in self.task_specs.items()
+            }
         )
-        self.mask_decoders = nn.ModuleDict(
-            {name: SamMaskDecoder(config.mask_decoder_config) for name in self.task_specs}
-        )
+        self.mask_decoders = nn.ModuleDict({name: self._new_decoder(spec) for name, spec in self.task_specs.items()})
         self.post_init()
         self._freeze_iou_heads()
+
+    @property
+    def _decodes_tokens(self) -> bool:
+        return self.config.channel_mode == "token"
+
+    def _new_decoder(self, spec: TaskSpec) -> SamMaskDecoder:
+        if self._decodes_tokens:
+            return MSamTokenDecoder(self.config.mask_decoder_config, spec.num_channels)
+        return SamMaskDecoder(self.config.mask_decoder_config)
 
     def _freeze_iou_heads(self) -> None:
         for decoder in self.mask_decoders.values():
@@ -134,7 +148,7 @@ class MSamForMultiTask(SamPreTrainedModel):
             tasks: `{name: TaskSpec or its fields}`, ordered.
             image_size: Side of the input images in pixels, a multiple of the patch size; position embeddings are
                 interpolated. That of `sam` when None.
-            channel_mode: "prompt".
+            channel_mode: "prompt", one decoder pass per channel as published, or "token", one per task.
 
         Raises:
             TypeError: `sam` is something else.
@@ -168,8 +182,10 @@ class MSamForMultiTask(SamPreTrainedModel):
     def _copy_weights(self, sam: SamModel) -> None:
         self.vision_encoder.load_state_dict(encoder_state_for(self.config.vision_config, sam.vision_encoder))
         self.shared_image_embedding.load_state_dict(sam.shared_image_embedding.state_dict())
-        for name in self.task_specs:
-            self.mask_decoders[name].load_state_dict(sam.mask_decoder.state_dict())
+        decoder_state = sam.mask_decoder.state_dict()
+        for name, spec in self.task_specs.items():
+            state = token_decoder_state(decoder_state, spec.num_channels) if self._decodes_tokens else decoder_state
+            self.mask_decoders[name].load_state_dict(state)
             self.no_mask_embeds[name].weight.copy_(
                 sam.prompt_encoder.no_mask_embed.weight.expand_as(self.no_mask_embeds[name].weight)
             )
@@ -303,11 +319,24 @@ class MSamForMultiTask(SamPreTrainedModel):
         return {name: embedding[rows.to(embedding.device)] for name, rows in image_index.items()}
 
     def _decode(self, name: str, image_embedding: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) -> (B, N, 4h, 4w): one decoder input per image and channel."""
+        """(B, C, h, w) -> (B, N, 4h, 4w)."""
+        batch_size, _, height, width = image_embedding.shape
+        if batch_size == 0:
+            return image_embedding.new_zeros(0, self.task_specs[name].num_channels, 4 * height, 4 * width)
+        if self._decodes_tokens:
+            # called, not read: an adapter may have replaced it
+            no_mask = self.no_mask_embeds[name](torch.zeros(1, dtype=torch.long, device=image_embedding.device))
+            return self.mask_decoders[name](
+                image_embeddings=image_embedding,
+                image_positional_embeddings=self.get_image_wide_positional_embeddings(),
+                dense_prompt_embeddings=no_mask[:, :, None, None],
+            )
+        return self._decode_prompts(name, image_embedding)
+
+    def _decode_prompts(self, name: str, image_embedding: torch.Tensor) -> torch.Tensor:
+        """One decoder input per image and channel."""
         batch_size, _, height, width = image_embedding.shape
         num_channels = self.task_specs[name].num_channels
-        if batch_size == 0:
-            return image_embedding.new_zeros(0, num_channels, 4 * height, 4 * width)
         channels = torch.arange(num_channels, device=image_embedding.device)
         no_mask = self.no_mask_embeds[name](channels).repeat(batch_size, 1)
         masks, _ = self.mask_decoders[name](

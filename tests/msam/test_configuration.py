@@ -77,5 +77,5 @@ def test_impossible_tasks_are_named(tasks, message):
 def test_channel_mode():
     with pytest.raises(ValueError, match=r"`channel_mode` must be one of .*, got 'both'"):
         MSamConfig(tasks=TASKS, channel_mode="both")
-    with pytest.raises(NotImplementedError, match='channel_mode="token"'):
-        MSamConfig(tasks=TASKS, channel_mode="token")
+    assert MSamConfig(tasks=TASKS).channel_mode == "prompt"
+    assert MSamConfig(tasks=TASKS, channel_mode="token").to_dict()["channel_mode"] == "token"

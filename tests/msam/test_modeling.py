@@ -848,8 +848,8 @@ class TestBadInput:
             MSamForMultiTask.from_sam(object(), specs())
         with pytest.raises(TypeError, match="got SamVisionEncoder"):
             MSamForMultiTask.from_sam(sam.vision_encoder, specs())
-        with pytest.raises(NotImplementedError, match='channel_mode="token"'):
-            make(sam, channel_mode="token")
+        with pytest.raises(ValueError, match="channel_mode"):
+            make(sam, channel_mode="tokens")
         with pytest.raises(ValueError, match="at least one task"):
             MSamForMultiTask.from_sam(sam, {})
         with pytest.raises(ValueError, match="image_size"):

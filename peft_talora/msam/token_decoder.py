@@ -1,0 +1,84 @@
+"""A mask decoder that gives all channels of a task in one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
+from transformers.models.sam.modeling_sam import SamMaskDecoder
+
+
+class MSamTokenDecoder(SamMaskDecoder):
+    r"""SAM's mask decoder with a mask token and a hypernetwork per output channel.
+
+    With F the image embedding after the two-way transformer, up-sampled to 4h x 4w, and m_c the c-th mask token after it,
+
+        logits[c, y, x] = <hypernetwork_c(m_c), F[:, y, x]>
+
+    so that the transformer and the up-sampling, nearly all of the cost, run once for all channels instead of once per
+    channel. SAM gives its three multimask outputs in the same way.
+
+    Args:
+        config: The SAM's decoder configuration. Its `num_multimask_outputs` is not used.
+        num_channels: N, the number of channels.
+    """
+
+    def __init__(self, config: SamMaskDecoderConfig, num_channels: int) -> None:
+        own_config = copy.deepcopy(config)
+        own_config._attn_implementation = config._attn_implementation
+        # SAM counts its mask token 0 apart
+        own_config.num_multimask_outputs = num_channels - 1
+        super().__init__(own_config)
+
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        image_positional_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+    ) -> torch.Tensor:
+        """(B, C, h, w), and two tensors that broadcast to it, -> logits (B, N, 4h, 4w)."""
+        batch_size, channels, height, width = image_embeddings.shape
+        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens, image = self.transformer(
+            point_embeddings=tokens.expand(batch_size, 1, -1, -1),
+            image_embeddings=image_embeddings + dense_prompt_embeddings,
+            image_positional_embeddings=image_positional_embeddings,
+            attention_similarity=None,
+        )
+        image = image.transpose(2, 3).reshape(batch_size, channels, height, width)
+        mask_tokens = tokens[:, 0, 1:].unbind(1)
+        hyper = [network(token) for network, token in zip(self.output_hypernetworks_mlps, mask_tokens, strict=True)]
+        return torch.einsum("bnc,bchw->bnhw", torch.stack(hyper, dim=1), self._upscale(image))
+
+    def _upscale(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C / 8, 4h, 4w)."""
+        image = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))
+        return self.activation(self.upscale_conv2(image))
+
+
+def token_decoder_state(sam_state: Mapping[str, torch.Tensor], num_channels: int) -> dict[str, torch.Tensor]:
+    """The state of a SAM's mask decoder for an `MSamTokenDecoder`: every channel starts as a copy of mask token 0.
+
+    Args:
+        sam_state: `state_dict()` of a `SamMaskDecoder`.
+        num_channels: N, the number of channels.
+    """
+    hypernetworks = "output_hypernetworks_mlps."
+    state = {key: value for key, value in sam_state.items() if not key.startswith(hypernetworks)}
+    for key, value in sam_state.items():
+        if key.startswith(f"{hypernetworks}0."):
+            name = key.removeprefix(f"{hypernetworks}0.")
+            state.update({f"{hypernetworks}{channel}.{name}": value for channel in range(num_channels)})
+    # one row per mask token
+    for key in ("mask_tokens.weight", "iou_prediction_head.proj_out.weight", "iou_prediction_head.proj_out.bias"):
+        state[key] = state[key][:1].expand(num_channels, *state[key].shape[1:])
+    return state
+
+
+def single_channel_config(config: SamMaskDecoderConfig) -> SamMaskDecoderConfig:
+    """The configuration of a plain `SamMaskDecoder` that an `MSamTokenDecoder` of one channel can become."""
+    config = copy.deepcopy(config)
+    config.num_multimask_outputs = 0
+    return config
