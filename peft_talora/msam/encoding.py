@@ -32,32 +32,57 @@ def _is_task_aware(module: nn.Module) -> bool:
     )
 
 
-def encode_tasks(model: Any, pixel_values: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
-    """The image embeddings {task: (B, C, h, w)} of the wanted tasks."""
+def encode_trunk(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What all tasks of an image have in common: the hidden states (B, h, w, D) before the first task-aware layer."""
+    encoder = model.vision_encoder
+    hidden = encoder.patch_embed(pixel_values)
+    if encoder.pos_embed is not None:
+        hidden = hidden + encoder.pos_embed
+    for layer in encoder.layers[: first_task_aware_layer(encoder.layers)]:
+        hidden = layer(hidden)
+    return hidden
+
+
+def encode_tasks(
+    model: Any, trunk_states: torch.Tensor, names: list[str], task_chunk: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The image embeddings {task: (B, C, h, w)} of the wanted tasks.
+
+    Args:
+        model: The mSAM.
+        trunk_states: What [`encode_trunk`] gives, (B, h, w, D).
+        names: The wanted tasks.
+        task_chunk: How many tasks run as one batch; all of them when None.
+    """
     encoder = model.vision_encoder
     first = first_task_aware_layer(encoder.layers)
     if first == len(encoder.layers):
-        embedding = encoder(pixel_values).last_hidden_state
-        return dict.fromkeys(names, embedding)
-    indices = [list(model.task_specs).index(name) for name in names]
-    if len(names) == 1:
-        with _routed(model, indices[0]):
-            return {names[0]: encoder(pixel_values).last_hidden_state}
-
-    hidden = _trunk(encoder, pixel_values, first)
-    batch_size = hidden.shape[0]
-    ids = torch.tensor(indices, device=hidden.device).repeat(batch_size)
-    hidden = hidden.repeat_interleave(len(names), dim=0)
-    with _routed(model, ids):
-        embedding = _branch(encoder, hidden, first)
-    embedding = embedding.reshape(batch_size, len(names), *embedding.shape[1:])
-    return dict(zip(names, embedding.unbind(1), strict=True))
+        return dict.fromkeys(names, encoder.neck(trunk_states))
+    embeddings = {}
+    for start in range(0, len(names), task_chunk or len(names)):
+        chunk = names[start : start + (task_chunk or len(names))]
+        indices = [list(model.task_specs).index(name) for name in chunk]
+        embeddings.update(zip(chunk, _encode_chunk(model, trunk_states, first, indices), strict=True))
+    return embeddings
 
 
-def encode_mixed(model: Any, pixel_values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def encode_mixed(model: Any, trunk_states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The image embeddings (B, C, h, w), each for the task of its image; ids is a LongTensor (B,)."""
     with _routed(model, ids):
-        return model.vision_encoder(pixel_values).last_hidden_state
+        return _branch(model.vision_encoder, trunk_states, first_task_aware_layer(model.vision_encoder.layers))
+
+
+def _encode_chunk(model: Any, trunk_states: torch.Tensor, first: int, indices: list[int]) -> list[torch.Tensor]:
+    """One (B, C, h, w) per task, from one batch of all images and tasks."""
+    if len(indices) == 1:
+        with _routed(model, indices[0]):
+            return [_branch(model.vision_encoder, trunk_states, first)]
+    batch_size = trunk_states.shape[0]
+    ids = torch.tensor(indices, device=trunk_states.device).repeat(batch_size)
+    hidden = trunk_states.repeat_interleave(len(indices), dim=0)
+    with _routed(model, ids):
+        embedding = _branch(model.vision_encoder, hidden, first)
+    return list(embedding.reshape(batch_size, len(indices), *embedding.shape[1:]).unbind(1))
 
 
 @contextmanager
@@ -67,16 +92,6 @@ def _routed(model: nn.Module, task: TaskRequest) -> Iterator[None]:
         for router in find_routers(model):
             stack.enter_context(router.using(router.resolve(task)))
         yield
-
-
-def _trunk(encoder: nn.Module, pixel_values: torch.Tensor, stop: int) -> torch.Tensor:
-    """Patch embedding, position embedding and the layers before `stop`: (B, 3, S, S) -> (B, h, w, D)."""
-    hidden = encoder.patch_embed(pixel_values)
-    if encoder.pos_embed is not None:
-        hidden = hidden + encoder.pos_embed
-    for layer in encoder.layers[:stop]:
-        hidden = layer(hidden)
-    return hidden
 
 
 def _branch(encoder: nn.Module, hidden: torch.Tensor, start: int) -> torch.Tensor:

@@ -21,10 +21,11 @@ from transformers.models.sam.modeling_sam import (
 from transformers.utils import ModelOutput
 
 from ..auxiliary import auxiliary_loss
-from ..losses import check_labels, task_loss
-from ..routing import TaskRequest, resolve_task
+from ..losses import task_loss
+from ..routing import TaskRequest
+from .checks import check_all_labels, check_inputs, checked_chunk, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
-from .encoding import encode_mixed, encode_tasks
+from .encoding import encode_mixed, encode_tasks, encode_trunk
 from .frozen import freeze
 from .interpolation import encoder_state_for
 from .loading import load_sam
@@ -162,7 +163,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         if any(isinstance(module, BaseTunerLayer) for module in sam.modules()):
             raise ValueError("`sam` has an adapter: merge it, or unload it, first.")
         vision_config = copy.deepcopy(sam.config.vision_config)
-        vision_config.image_size = _checked_image_size(image_size, vision_config)
+        vision_config.image_size = checked_image_size(image_size, vision_config)
         config = MSamConfig(
             vision_config=vision_config,
             prompt_encoder_config=copy.deepcopy(sam.config.prompt_encoder_config),
@@ -213,6 +214,8 @@ class MSamForMultiTask(SamPreTrainedModel):
         task_ids: TaskRequest | None = None,
         labels: Mapping[str, torch.Tensor] | None = None,
         return_dict: bool | None = None,
+        trunk_states: torch.Tensor | None = None,
+        task_chunk: int | None = None,
         original_sizes: Any = None,
         reshaped_input_sizes: Any = None,
     ) -> MSamOutput | tuple:
@@ -229,6 +232,10 @@ class MSamForMultiTask(SamPreTrainedModel):
                 and "parts" and numbers `(B, C, H, W)` for the other kinds. Rows of images that do not have the task,
                 and tasks that are not wanted, are ignored; a wanted task without labels is unlabelled.
             return_dict (`bool`): Return a tuple when False.
+            trunk_states (`torch.Tensor` of shape `(B, h, w, D)`): Instead of pixel_values: what `encode_trunk` gives. Tasks
+                that are trained one after the other then share it, where nothing in it is trained.
+            task_chunk (`int`): How many tasks run through the encoder as one batch: 1 takes the least memory. All of them
+                by default; with `task_ids` it does not matter.
             original_sizes: Not used; `model(**processor(images))` passes it.
             reshaped_input_sizes: Not used, likewise.
 
@@ -238,18 +245,20 @@ class MSamForMultiTask(SamPreTrainedModel):
         Raises:
             ValueError: The arguments contradict each other, name an unknown task or have wrong shapes.
         """
-        batch_size = self._check_inputs(pixel_values, image_embeddings)
+        batch_size = check_inputs(self.config, pixel_values, image_embeddings, trunk_states)
+        if image_embeddings is None and trunk_states is None:
+            trunk_states = encode_trunk(self, pixel_values)
         if task_ids is None:
-            names, image_index = self._wanted_tasks(tasks), None
-            self._check_labels(labels, batch_size, dict.fromkeys(names))
-            embeddings = self._embeddings_of_tasks(pixel_values, image_embeddings, names)
+            names, image_index = wanted_tasks(self.task_specs, tasks), None
+            check_all_labels(self.task_specs, labels, batch_size, dict.fromkeys(names))
+            embeddings = self._embeddings_of_tasks(trunk_states, image_embeddings, names, task_chunk)
         else:
             if tasks is not None:
                 raise ValueError(f"Give either tasks ({tasks!r}) or task_ids, not both.")
-            ids = self._checked_task_ids(task_ids, batch_size, self.device)
+            ids = checked_task_ids(self.task_specs, task_ids, batch_size, self.device)
             image_index = {name: torch.nonzero(ids == t).flatten() for t, name in enumerate(self.task_specs)}
-            self._check_labels(labels, batch_size, image_index)
-            embeddings = self._embeddings_of_images(pixel_values, image_embeddings, ids, image_index)
+            check_all_labels(self.task_specs, labels, batch_size, image_index)
+            embeddings = self._embeddings_of_images(trunk_states, image_embeddings, ids, image_index)
 
         logits = {name: self._decode(name, embedding) for name, embedding in embeddings.items()}
         loss, losses = None, None
@@ -261,14 +270,24 @@ class MSamForMultiTask(SamPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def encode(self, pixel_values: torch.Tensor, tasks: Sequence[str] | str | None = None) -> dict[str, torch.Tensor]:
+    def encode(
+        self, pixel_values: torch.Tensor, tasks: Sequence[str] | str | None = None, task_chunk: int | None = None
+    ) -> dict[str, torch.Tensor]:
         """The image embeddings (B, C, h, w) of the wanted tasks, to be passed to `forward` as `image_embeddings`."""
-        self._check_inputs(pixel_values, None)
-        return encode_tasks(self, pixel_values, self._wanted_tasks(tasks))
+        names = wanted_tasks(self.task_specs, tasks)
+        return encode_tasks(self, self.encode_trunk(pixel_values), names, checked_chunk(task_chunk))
+
+    def encode_trunk(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The hidden states (B, h, w, D) before the first task-aware layer, to be passed to `forward` as `trunk_states`.
+
+        They are those of the adapters that are active now.
+        """
+        check_inputs(self.config, pixel_values, None, None)
+        return encode_trunk(self, pixel_values)
 
     def keep_tasks(self, names: Sequence[str]) -> None:
         """Drop the decoders and embeddings of all other tasks, for good."""
-        names = self._wanted_tasks(names)
+        names = wanted_tasks(self.task_specs, names)
         self.config.tasks = [task for task in self.config.tasks if task["name"] in names]
         for dropped in [name for name in self.task_specs if name not in names]:
             del self.task_specs[dropped], self.no_mask_embeds[dropped], self.mask_decoders[dropped]
@@ -290,10 +309,10 @@ class MSamForMultiTask(SamPreTrainedModel):
         return post_process(output.logits, self.task_specs, target_sizes, image_size, output.image_index)
 
     def _embeddings_of_tasks(
-        self, pixel_values: torch.Tensor | None, image_embeddings: Any, names: list[str]
+        self, trunk_states: torch.Tensor | None, image_embeddings: Any, names: list[str], task_chunk: int | None
     ) -> dict[str, torch.Tensor]:
         if image_embeddings is None:
-            return encode_tasks(self, pixel_values, names)
+            return encode_tasks(self, trunk_states, names, checked_chunk(task_chunk))
         if isinstance(image_embeddings, torch.Tensor):
             if len(names) != 1:
                 raise ValueError(
@@ -308,14 +327,14 @@ class MSamForMultiTask(SamPreTrainedModel):
 
     def _embeddings_of_images(
         self,
-        pixel_values: torch.Tensor | None,
+        trunk_states: torch.Tensor | None,
         image_embeddings: Any,
         ids: torch.Tensor,
         image_index: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         if isinstance(image_embeddings, Mapping):
             raise ValueError("With task_ids, image_embeddings must be one tensor (B, C, h, w), got a dict.")
-        embedding = encode_mixed(self, pixel_values, ids) if image_embeddings is None else image_embeddings
+        embedding = encode_mixed(self, trunk_states, ids) if image_embeddings is None else image_embeddings
         return {name: embedding[rows.to(embedding.device)] for name, rows in image_index.items()}
 
     def _decode(self, name: str, image_embedding: torch.Tensor) -> torch.Tensor:
@@ -372,73 +391,3 @@ class MSamForMultiTask(SamPreTrainedModel):
                 if parameter.requires_grad:
                     total = total + parameter.flatten()[:0].float().sum()
         return total
-
-    def _wanted_tasks(self, tasks: Sequence[str] | str | None) -> list[str]:
-        if tasks is None:
-            return list(self.task_specs)
-        names = [tasks] if isinstance(tasks, str) else list(tasks)
-        unknown = [name for name in names if name not in self.task_specs]
-        if unknown or not names:
-            raise ValueError(f"Unknown tasks {unknown} in {names}. The model's tasks are {list(self.task_specs)}.")
-        if len(set(names)) != len(names):
-            raise ValueError(f"A task is named twice in {names}.")
-        return names
-
-    def _checked_task_ids(self, task_ids: TaskRequest, batch_size: int, device: torch.device) -> torch.Tensor:
-        ids = task_ids if isinstance(task_ids, str | int) else resolve_task(task_ids, list(self.task_specs), device)
-        if not isinstance(ids, torch.Tensor) or ids.shape[0] != batch_size:
-            given = len(ids) if isinstance(ids, torch.Tensor) else repr(ids)
-            raise ValueError(
-                f"task_ids takes one task per image, got {given} for a batch of {batch_size}. "
-                f"The model's tasks are {list(self.task_specs)}."
-            )
-        return ids
-
-    def _check_inputs(self, pixel_values: Any, image_embeddings: Any) -> int:
-        if (pixel_values is None) == (image_embeddings is None):
-            raise ValueError("Give exactly one of pixel_values and image_embeddings.")
-        if pixel_values is not None:
-            size = self.config.vision_config.image_size
-            expected = (self.config.vision_config.num_channels, size, size)
-            if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-                raise ValueError(
-                    f"pixel_values must have the shape (batch, {', '.join(map(str, expected))}), got "
-                    f"{tuple(pixel_values.shape)}. MSamProcessor brings images to that size."
-                )
-            return pixel_values.shape[0]
-        embeddings = image_embeddings if isinstance(image_embeddings, Mapping) else {"": image_embeddings}
-        return self._check_embeddings(embeddings)
-
-    def _check_embeddings(self, embeddings: Mapping[str, torch.Tensor]) -> int:
-        grid = self.config.grid_size
-        expected = (self.config.vision_config.output_channels, grid, grid)
-        for name, embedding in embeddings.items():
-            if embedding.ndim != 4 or tuple(embedding.shape[1:]) != expected:
-                where = f"image_embeddings['{name}']" if name else "image_embeddings"
-                raise ValueError(
-                    f"{where} must have the shape (batch, {', '.join(map(str, expected))}), got "
-                    f"{tuple(embedding.shape)}."
-                )
-        sizes = {name: embedding.shape[0] for name, embedding in embeddings.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"image_embeddings must have one batch size, got {sizes}.")
-        return next(iter(sizes.values()))
-
-    def _check_labels(self, labels: Any, batch_size: int, wanted: Mapping[str, torch.Tensor | None]) -> None:
-        """Check labels; `wanted` says which tasks count and for which rows (None: all)."""
-        if labels is None:
-            return
-        if not isinstance(labels, Mapping):
-            raise ValueError(f"labels must be a dict {{task: tensor}}, got {type(labels).__name__}.")
-        for name, label in labels.items():
-            if name not in self.task_specs:
-                raise ValueError(f"labels of an unknown task '{name}'. The model's tasks are {list(self.task_specs)}.")
-            if name in wanted:
-                check_labels(name, self.task_specs[name], label, batch_size, wanted[name])
-
-
-def _checked_image_size(image_size: int | None, vision_config: Any) -> int:
-    size, patch = vision_config.image_size if image_size is None else image_size, vision_config.patch_size
-    if not isinstance(size, int) or isinstance(size, bool) or size < patch or size % patch:
-        raise ValueError(f"`image_size` must be a positive multiple of the patch size {patch}, got {size!r}.")
-    return size

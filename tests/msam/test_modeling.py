@@ -810,8 +810,11 @@ class TestBadInput:
             ({"pixel_values": images(2, 40)}, r"\(batch, 3, 32, 32\), got \(2, 3, 40, 40\)"),
             ({"pixel_values": images()[0]}, r"\(batch, 3, 32, 32\), got \(3, 32, 32\)"),
             ({"pixel_values": images()[:, :1]}, r"\(batch, 3, 32, 32\), got \(2, 1, 32, 32\)"),
-            ({"pixel_values": None}, "exactly one of pixel_values and image_embeddings"),
-            ({"image_embeddings": torch.zeros(2, 8, 8, 8)}, "exactly one of pixel_values and image_embeddings"),
+            ({"pixel_values": None}, "exactly one of pixel_values, image_embeddings and trunk_states"),
+            (
+                {"image_embeddings": torch.zeros(2, 8, 8, 8)},
+                "exactly one of pixel_values, image_embeddings and trunk_states",
+            ),
         ],
     )
     def test_forward(self, sam, arguments, message):

@@ -1,0 +1,110 @@
+"""What an mSAM is given, checked: every error names what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..losses import check_labels
+from ..routing import TaskRequest, resolve_task
+from .configuration import MSamConfig
+from .tasks import TaskSpec
+
+
+def wanted_tasks(specs: Mapping[str, TaskSpec], tasks: Sequence[str] | str | None) -> list[str]:
+    """The names of the wanted tasks; all of them when None."""
+    if tasks is None:
+        return list(specs)
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    unknown = [name for name in names if name not in specs]
+    if unknown or not names:
+        raise ValueError(f"Unknown tasks {unknown} in {names}. The model's tasks are {list(specs)}.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"A task is named twice in {names}.")
+    return names
+
+
+def checked_task_ids(
+    specs: Mapping[str, TaskSpec], task_ids: TaskRequest, batch_size: int, device: torch.device
+) -> torch.Tensor:
+    """One index per image, a LongTensor (B,)."""
+    ids = task_ids if isinstance(task_ids, str | int) else resolve_task(task_ids, list(specs), device)
+    if not isinstance(ids, torch.Tensor) or ids.shape[0] != batch_size:
+        given = len(ids) if isinstance(ids, torch.Tensor) else repr(ids)
+        raise ValueError(
+            f"task_ids takes one task per image, got {given} for a batch of {batch_size}. "
+            f"The model's tasks are {list(specs)}."
+        )
+    return ids
+
+
+def check_inputs(config: MSamConfig, pixel_values: Any, image_embeddings: Any, trunk_states: Any) -> int:
+    """The batch size of the one input that is given."""
+    if sum(given is not None for given in (pixel_values, image_embeddings, trunk_states)) != 1:
+        raise ValueError("Give exactly one of pixel_values, image_embeddings and trunk_states.")
+    vision = config.vision_config
+    if pixel_values is not None:
+        expected = (vision.num_channels, vision.image_size, vision.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values must have the shape (batch, {', '.join(map(str, expected))}), got "
+                f"{tuple(pixel_values.shape)}. MSamProcessor brings images to that size."
+            )
+        return pixel_values.shape[0]
+    if trunk_states is not None:
+        expected = (config.grid_size, config.grid_size, vision.hidden_size)
+        if trunk_states.ndim != 4 or tuple(trunk_states.shape[1:]) != expected:
+            raise ValueError(
+                f"trunk_states must have the shape (batch, {', '.join(map(str, expected))}), got "
+                f"{tuple(trunk_states.shape)}."
+            )
+        return trunk_states.shape[0]
+    embeddings = image_embeddings if isinstance(image_embeddings, Mapping) else {"": image_embeddings}
+    return _check_embeddings(config, embeddings)
+
+
+def _check_embeddings(config: MSamConfig, embeddings: Mapping[str, torch.Tensor]) -> int:
+    grid = config.grid_size
+    expected = (config.vision_config.output_channels, grid, grid)
+    for name, embedding in embeddings.items():
+        if embedding.ndim != 4 or tuple(embedding.shape[1:]) != expected:
+            where = f"image_embeddings['{name}']" if name else "image_embeddings"
+            raise ValueError(
+                f"{where} must have the shape (batch, {', '.join(map(str, expected))}), got {tuple(embedding.shape)}."
+            )
+    sizes = {name: embedding.shape[0] for name, embedding in embeddings.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"image_embeddings must have one batch size, got {sizes}.")
+    return next(iter(sizes.values()))
+
+
+def check_all_labels(
+    specs: Mapping[str, TaskSpec], labels: Any, batch_size: int, wanted: Mapping[str, torch.Tensor | None]
+) -> None:
+    """Check the labels of a batch; `wanted` says which tasks count and for which rows (None: all)."""
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"labels must be a dict {{task: tensor}}, got {type(labels).__name__}.")
+    for name, label in labels.items():
+        if name not in specs:
+            raise ValueError(f"labels of an unknown task '{name}'. The model's tasks are {list(specs)}.")
+        if name in wanted:
+            check_labels(name, specs[name], label, batch_size, wanted[name])
+
+
+def checked_image_size(image_size: int | None, vision_config: Any) -> int:
+    """`image_size`, or that of the configuration when None."""
+    size, patch = vision_config.image_size if image_size is None else image_size, vision_config.patch_size
+    if not isinstance(size, int) or isinstance(size, bool) or size < patch or size % patch:
+        raise ValueError(f"`image_size` must be a positive multiple of the patch size {patch}, got {size!r}.")
+    return size
+
+
+def checked_chunk(task_chunk: int | None) -> int | None:
+    """`task_chunk`, a number of tasks or None."""
+    if task_chunk is not None and (not isinstance(task_chunk, int) or isinstance(task_chunk, bool) or task_chunk < 1):
+        raise ValueError(f"`task_chunk` must be a positive number of tasks, got {task_chunk!r}.")
+    return task_chunk
