@@ -4,10 +4,11 @@ Importing the package registers the tuners with PEFT: `get_peft_model(sam, TALor
 `get_peft_model(sam, LoraConfig(...))`.
 """
 
+from .attention import lean_attention
 from .auxiliary import auxiliary_loss
 from .convlora import ConvLoraConfig, ConvLoraLayer, ConvLoraLinear, ConvLoraModel, expert_usage
 from .export import convlora_from_autogluon, save_task_as_lora, task_to_lora, task_to_sam
-from .hub import load_adapter, save_adapter
+from .hub import load_adapter, push_adapter, save_adapter
 from .metrics import delta_b
 from .msam import MSamConfig, MSamForMultiTask, MSamOutput, MSamProcessor, TaskSpec
 from .msam_adapter import default_modules_to_save
@@ -36,7 +37,9 @@ __all__ = [
     "default_modules_to_save",
     "delta_b",
     "expert_usage",
+    "lean_attention",
     "load_adapter",
+    "push_adapter",
     "save_adapter",
     "save_task_as_lora",
     "set_task",

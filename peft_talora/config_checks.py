@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from .files import finish_pending
+from .seal import check_seal, seal
 
 
 def check_positive_int(name: str, value: Any) -> None:
@@ -46,9 +51,31 @@ class TargetsConfig(PeftConfig):
         default=None, metadata={"help": "What an MSamForMultiTask needs to be rebuilt; filled by get_peft_model."}
     )
 
+    saved_by: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Of a file alone: format and checksums, written by save_pretrained."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.saved_by = None
         normalise_targets(self)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, with the format and a checksum."""
+        super().save_pretrained(save_directory, **kwargs)
+        seal(Path(save_directory) / CONFIG_NAME)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read what PEFT is about to load, after the check that it is as it was saved.
+
+        Raises:
+            ValueError: The file, or the weights beside it, was damaged or changed, or a newer version saved it.
+        """
+        path = Path(path_json_file)
+        finish_pending(path.parent)
+        check_seal(path)
+        return super().from_json_file(path_json_file, **kwargs)
 
 
 def normalise_targets(config: Any) -> None:

@@ -1,65 +1,136 @@
-"""Saved mSAM adapters: everything needed to get the model back from a SAM lies in one directory."""
+"""Saved mSAM adapters: everything needed to get the model back from a SAM lies in one directory, here or on the Hub."""
 
 from __future__ import annotations
 
-import copy
-import json
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import PeftConfig, PeftModel
 from transformers import SamModel
 
+from .adapter_checks import adapter_tensors, check_weights, saved_tensors
+from .adapter_files import CONFIG_FILE, MSAM_FILE, PICKLE_FILE, WEIGHTS_FILE, read_config, read_msam_fields, write_json
 from .files import finish_pending, written_aside
-from .model_card import model_card
+from .model_card import is_hub_id, model_card
 from .msam.loading import checkpoint_type
 from .msam.modeling import MSamForMultiTask
-from .msam.tasks import parse_tasks
-from .msam_adapter import MSAM_MODEL_TYPE, msam_fields
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-# what mSAM needs, beside an adapter whose configuration has no field for it (PEFT's own tuners)
-MSAM_FILE = "msam.json"
-MSAM_FIELDS = ("tasks", "channel_mode", "image_size")
+from .msam_adapter import MSAM_MODEL_TYPE, check_same_msam, msam_fields
+from .seal import check_seal, seal
 
 
-def save_adapter(model: PeftModel, directory: str | Path, metrics: dict[str, Any] | None = None) -> Path:
+def save_adapter(
+    model: PeftModel,
+    directory: str | Path,
+    metrics: dict[str, Any] | None = None,
+    dataset: str | None = None,
+    license: str = "apache-2.0",
+    hub_id: str | None = None,
+) -> Path:
     """Save the active adapter of a tuned mSAM, with everything that [`load_adapter`] needs beside the SAM.
 
-    A save that fails, or is killed, leaves the adapter that `directory` held before, or the new one.
+    A save that fails, or is killed, leaves the adapter that `directory` held before, or the new one. Checksums of all
+    files are saved too; the weights that PEFT's own `save_pretrained` writes have none.
 
     Args:
         model: The PeftModel around an `MSamForMultiTask`.
         directory: Where to; created where missing, other files in it stay.
         metrics: `{task: {metric: value}}` for the model card.
+        dataset: What the metrics were measured on, for the model card.
+        license: The adapter's, as the Hub names licences; for the model card.
+        hub_id: The adapter's name on the Hub, if it gets one; for the model card.
 
     Returns:
         The directory.
+
+    Raises:
+        TypeError: The model is not around an `MSamForMultiTask`.
+        FileExistsError: `directory` is a file.
     """
-    msam = model.get_base_model()
-    if not isinstance(msam, MSamForMultiTask):
-        raise TypeError(
-            f"save_adapter saves a PeftModel around an MSamForMultiTask, got one around a {type(msam).__name__}; use "
-            "its save_pretrained."
-        )
+    msam = _msam_of(model)
     directory = Path(directory)
     with written_aside(directory) as aside:
         _save_active(model, aside)
         if getattr(model.peft_config[model.active_adapter], "msam", None) is None:
-            (aside / MSAM_FILE).write_text(json.dumps(msam_fields(msam.config), indent=2) + "\n")
-        (aside / "README.md").write_text(model_card(model, aside / WEIGHTS_FILE, metrics))
+            write_json(aside / MSAM_FILE, msam_fields(msam.config))
+            seal(aside / MSAM_FILE, aside / CONFIG_FILE, aside / WEIGHTS_FILE)
+        else:
+            seal(aside / CONFIG_FILE, aside / WEIGHTS_FILE)
+        card = model_card(model, aside / WEIGHTS_FILE, metrics, dataset=dataset, license=license, hub_id=hub_id)
+        (aside / "README.md").write_text(card, encoding="utf-8")
     return directory
+
+
+def push_adapter(
+    model: PeftModel,
+    hub_id: str,
+    metrics: dict[str, Any] | None = None,
+    dataset: str | None = None,
+    license: str = "apache-2.0",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload adapter",
+) -> CommitInfo:
+    """Save the active adapter of a tuned mSAM to the Hub, in one commit: the files of [`save_adapter`].
+
+    PEFT's own `model.push_to_hub(hub_id)` uploads an adapter that loads as well, with a model card that says less.
+
+    Args:
+        model: The PeftModel around an `MSamForMultiTask`.
+        hub_id: The repository, "user/name"; created where missing.
+        metrics: `{task: {metric: value}}` for the model card.
+        dataset: What the metrics were measured on, for the model card.
+        license: The adapter's, as the Hub names licences.
+        private: Whether a new repository is private; the Hub's default when None.
+        token: Your access token; the one that you are logged in with when None.
+        revision: The branch, created where missing; the main one when None.
+        create_pr: Open a pull request instead of changing the branch.
+        commit_message: The commit's first line.
+
+    Returns:
+        huggingface_hub's `CommitInfo`.
+
+    Raises:
+        TypeError: The model is not around an `MSamForMultiTask`.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused it. HFValidationError: `hub_id` can be no repository.
+    """
+    _msam_of(model)  # before there is an empty repository
+    api = HfApi(token=token)
+    hub_id = api.create_repo(hub_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(hub_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = save_adapter(model, Path(folder) / "adapter", metrics, dataset, license, hub_id)
+        return api.upload_folder(
+            repo_id=hub_id,
+            folder_path=directory,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _msam_of(model: PeftModel) -> MSamForMultiTask:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel) or not isinstance(base, MSamForMultiTask):
+        raise TypeError(
+            "save_adapter and push_adapter take a PeftModel around an MSamForMultiTask, got "
+            f"{'one around ' if isinstance(model, PeftModel) else ''}a {type(base).__name__}; use its save_pretrained or "
+            "push_to_hub."
+        )
+    return base
 
 
 def _save_active(model: PeftModel, directory: Path) -> None:
     """Save the active adapter; PEFT puts one that is not named "default" into a folder of its name."""
     name = model.active_adapter
-    model.save_pretrained(directory, selected_adapters=[name])
+    # PEFT would look for the base model's configuration on the Hub to see whether its vocabulary grew
+    model.save_pretrained(directory, selected_adapters=[name], save_embedding_layers=False)
     folder = directory / name
     if name != "default":
         for path in folder.iterdir():
@@ -72,82 +143,79 @@ def load_adapter(
     base_model: SamModel | MSamForMultiTask | str | Path | None = None,
     is_trainable: bool = False,
     revision: str | None = None,
+    verify: bool = True,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
 ) -> PeftModel:
     """Load a saved mSAM adapter.
+
+    What does not fit is refused before the base model is touched. Weights in pickle files are never read.
 
     Args:
         path_or_hub_id: A directory that `save_pretrained` or [`save_adapter`] wrote, or its name on the Hub.
         base_model: A `SamModel`, an `MSamForMultiTask`, or the name or path of one. The adapter's own base when None.
+            One of another name than the adapter's own, both on the Hub, is a warning.
         is_trainable: Whether to train the adapter further; it is frozen otherwise.
         revision: The version on the Hub.
+        verify: Refuse files that are not as they were saved, by their checksums. False accepts what you changed by
+            hand, where it fits the model. Files without checksums are accepted anyway.
+        cache_dir: huggingface_hub's cache, if not its usual one.
+        token: Your access token for the Hub; the one that you are logged in with when None.
 
     Returns:
         The PeftModel around an `MSamForMultiTask`.
 
     Raises:
-        FileNotFoundError: The directory, or a file in it, is missing.
-        ValueError: The adapter is not one of an mSAM, or does not fit the base model.
+        FileNotFoundError: The directory, a file in it, or the base model is missing, here and on the Hub.
+        ValueError: The adapter is not one of an mSAM; a newer version of this package saved it; a file is damaged or was
+            changed; a tensor is missing, unknown, of another shape, or not finite; or it does not fit the base model: other
+            tasks, another order of them, another image size or channel mode, a SAM of other sizes.
+        TypeError: `base_model` is something else.
     """
-    directory = _adapter_directory(path_or_hub_id, revision)
-    config = _read_config(directory)
-    fields = _read_msam_fields(directory, config)
+    directory = _adapter_directory(path_or_hub_id, revision=revision, cache_dir=cache_dir, token=token)
+    config = read_config(directory)
+    fields, file = read_msam_fields(directory, config, verify)
+    weights = directory / WEIGHTS_FILE
+    saved_tensors(weights)  # a damaged file needs no model
+    if verify:
+        # the weights follow when it is known which tensors they should have: that error says more
+        check_seal(file, skip=[WEIGHTS_FILE])
     msam = _base_msam(base_model, config, fields, directory)
-    _check_weights(directory / WEIGHTS_FILE, _expected_shapes(msam, config))
-    return PeftModel.from_pretrained(msam, directory, is_trainable=is_trainable)
+    check_weights(weights, adapter_tensors(msam, config))
+    if verify:
+        check_seal(file)
+    return PeftModel.from_pretrained(msam, directory, config=config, is_trainable=is_trainable)
 
 
-def _adapter_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
+def _adapter_directory(path_or_hub_id: str | Path, **download: Any) -> Path:
     path = Path(path_or_hub_id)
     if not path.is_dir():
         if path.exists():
             raise FileNotFoundError(f"An adapter is a directory, but '{path}' is a file.")
-        path = _download(str(path_or_hub_id), revision)
+        path = _download(str(path_or_hub_id), **download)
     finish_pending(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise FileNotFoundError(f"'{path_or_hub_id}' is no saved adapter: it has no {name}.")
+            pickled = name == WEIGHTS_FILE and (path / PICKLE_FILE).is_file()
+            why = f". Its {PICKLE_FILE} is not read: a pickle can run any code" if pickled else ""
+            raise FileNotFoundError(f"'{path_or_hub_id}' is no saved adapter: it has no {name}{why}.")
     return path
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, **download: Any) -> Path:
     files = [CONFIG_FILE, WEIGHTS_FILE, MSAM_FILE]
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(hub_id, allow_patterns=files, **download))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"'{hub_id}' is neither a local directory nor an adapter that could be loaded from the Hub: {error}"
         ) from error
 
 
-def _read_config(directory: Path) -> PeftConfig:
-    try:
-        return PeftConfig.from_pretrained(directory)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{directory / CONFIG_FILE} cannot be read: {error}") from error
-
-
-def _read_msam_fields(directory: Path, config: PeftConfig) -> dict[str, Any]:
-    fields, file = getattr(config, "msam", None), directory / CONFIG_FILE
-    if fields is None and (directory / MSAM_FILE).is_file():
-        file = directory / MSAM_FILE
-        try:
-            fields = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-    if fields is None:
-        raise ValueError(
-            f"'{directory}' is an adapter, but not one of an MSamForMultiTask: neither its {CONFIG_FILE} has a field "
-            f"`msam` nor is there a {MSAM_FILE}. Load it with PeftModel.from_pretrained."
-        )
-    missing = [name for name in MSAM_FIELDS if name not in fields]
-    if missing:
-        raise ValueError(f"{file} does not say the {missing} of the MSamForMultiTask.")
-    return fields
-
-
 def _base_msam(base_model: Any, config: PeftConfig, fields: dict[str, Any], directory: Path) -> MSamForMultiTask:
+    own = config.base_model_name_or_path
     if base_model is None:
-        base_model = config.base_model_name_or_path
+        base_model = own
         if not base_model:
             raise ValueError(
                 f"'{directory}' does not say which SAM it was trained on: pass base_model=, a SamModel or the name or "
@@ -156,46 +224,12 @@ def _base_msam(base_model: Any, config: PeftConfig, fields: dict[str, Any], dire
     if isinstance(base_model, str | Path) and checkpoint_type(base_model) == MSAM_MODEL_TYPE:
         base_model = MSamForMultiTask.from_pretrained(base_model)
     if isinstance(base_model, MSamForMultiTask):
-        _check_same_msam(base_model, fields)
-        return base_model
-    return MSamForMultiTask.from_sam(
-        base_model, fields["tasks"], image_size=fields["image_size"], channel_mode=fields["channel_mode"]
-    )
-
-
-def _check_same_msam(msam: MSamForMultiTask, fields: dict[str, Any]) -> None:
-    own = {**msam_fields(msam.config), "tasks": msam.task_specs}
-    theirs = {**fields, "tasks": parse_tasks(fields["tasks"])}
-    if list(own["tasks"].items()) != list(theirs["tasks"].items()):
-        raise ValueError(f"The adapter's tasks are {theirs['tasks']}, those of the base model {own['tasks']}.")
-    for name in ("channel_mode", "image_size"):
-        if own[name] != theirs[name]:
-            raise ValueError(f"The adapter was trained with {name}={theirs[name]}, the base model has {own[name]}.")
-
-
-def _expected_shapes(msam: MSamForMultiTask, config: PeftConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors that the adapter has on this model, from a twin without weights: `msam` is not touched."""
-    with torch.device("meta"):
-        twin = PeftModel(MSamForMultiTask(copy.deepcopy(msam.config)), copy.deepcopy(config))
-    state = get_peft_model_state_dict(twin, save_embedding_layers=False)
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def _check_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """PEFT only warns about missing keys and drops what it does not know."""
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            broken = [name for name in found if not torch.isfinite(file.get_tensor(name)).all()]
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    problems = {
-        "is missing": sorted(expected.keys() - found.keys()),
-        "does not belong to the model": sorted(found.keys() - expected.keys()),
-        "has another shape than in the model": [n for n in expected if found.get(n, expected[n]) != expected[n]],
-        "is not finite": broken,
-    }
-    for problem, names in problems.items():
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise ValueError(f"{path}: the tensor '{names[0]}'{more} {problem}.")
+        msam = base_model
+    else:
+        msam = MSamForMultiTask.from_sam(
+            base_model, fields["tasks"], image_size=fields["image_size"], channel_mode=fields["channel_mode"]
+        )
+    check_same_msam(fields, msam.config, own)
+    if is_hub_id(own) and is_hub_id(msam.name_or_path) and own != msam.name_or_path:
+        warnings.warn(f"The adapter was trained on '{own}', the base model is '{msam.name_or_path}'.", stacklevel=3)
+    return msam

@@ -8,6 +8,16 @@ from peft.config import PeftConfig
 from torch import nn
 
 MSAM_MODEL_TYPE = "msam"
+# the sizes of a SAM's encoder, by which an adapter knows its base
+BASE_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "window_size",
+    "global_attn_indexes",
+    "output_channels",
+)
 
 
 def is_msam(model: nn.Module) -> bool:
@@ -31,12 +41,45 @@ def default_modules_to_save(msam: nn.Module) -> list[str]:
 
 
 def msam_fields(config: Any) -> dict[str, Any]:
-    """What a saved adapter has to know to build the mSAM again from its SAM."""
+    """What a saved adapter has to know to build the mSAM again from its SAM, and to know that SAM again."""
     return {
         "tasks": [dict(task) for task in config.tasks],
         "channel_mode": config.channel_mode,
         "image_size": config.vision_config.image_size,
+        "base": {name: getattr(config.vision_config, name) for name in BASE_FIELDS},
     }
+
+
+def check_same_msam(fields: dict[str, Any], config: Any, base_name: str | None = None) -> None:
+    """Raise ValueError unless an adapter with these [`msam_fields`] is one of an mSAM with this configuration.
+
+    Args:
+        fields: The adapter's. Those of older files have no "base", which is not compared then.
+        config: The `MSamConfig` of the model.
+        base_name: The SAM that the adapter was trained on, for the message.
+    """
+    own = msam_fields(config)
+    theirs = fields.get("base")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    different = [name for name in BASE_FIELDS if name in theirs and theirs[name] != own["base"][name]]
+    if different:
+        values = [", ".join(f"{name}={base[name]}" for name in different) for base in (theirs, own["base"])]
+        raise ValueError(
+            f"The adapter was trained on another SAM{f', {base_name!r}' if base_name else ''}: that has {values[0]}, "
+            f"the base model '{config._name_or_path or type(config).__name__}' has {values[1]}."
+        )
+    names = [task["name"] for task in fields["tasks"]]
+    if names != list(config.task_names):
+        raise ValueError(
+            f"The adapter's tasks are {names}, those of the base model {list(config.task_names)}: they must be the same, "
+            "in the same order."
+        )
+    for theirs, task in zip(fields["tasks"], own["tasks"], strict=True):
+        if theirs != {name: task.get(name) for name in theirs}:
+            raise ValueError(f"The adapter's task '{task['name']}' is {theirs}, that of the base model {task}.")
+    for name in ("channel_mode", "image_size"):
+        if fields.get(name, own[name]) != own[name]:
+            raise ValueError(f"The adapter was trained with {name}={fields[name]}, the base model has {own[name]}.")
 
 
 def prepare_for_msam(peft_config: PeftConfig, model: nn.Module) -> None:
@@ -52,18 +95,18 @@ def prepare_for_msam(peft_config: PeftConfig, model: nn.Module) -> None:
     if hasattr(peft_config, "tasks"):
         if peft_config.tasks is None:
             peft_config.tasks = list(model.config.task_names)
-        _check_same_tasks("the adapter", peft_config.tasks, model)
+        _check_same_tasks(peft_config.tasks, model)
     if peft_config.msam is not None:
-        _check_same_tasks("the saved adapter", [task["name"] for task in peft_config.msam["tasks"]], model)
+        check_same_msam(peft_config.msam, model.config, peft_config.base_model_name_or_path)
     else:
         peft_config.msam = msam_fields(model.config)
     if peft_config.modules_to_save is None:
         peft_config.modules_to_save = default_modules_to_save(model)
 
 
-def _check_same_tasks(whose: str, tasks: list[str], model: nn.Module) -> None:
+def _check_same_tasks(tasks: list[str], model: nn.Module) -> None:
     if list(tasks) != list(model.config.task_names):
         raise ValueError(
-            f"The tasks of {whose}, {list(tasks)}, are not those of the model, {list(model.config.task_names)}, in the "
+            f"The tasks of the adapter, {list(tasks)}, are not those of the model, {list(model.config.task_names)}, in the "
             "same order."
         )

@@ -4,9 +4,11 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import huggingface_hub.constants
 import pytest
@@ -16,7 +18,15 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec, default_modules_to_save, load_adapter, save_adapter
+from peft_talora import (
+    MSamForMultiTask,
+    TALoraConfig,
+    TaskSpec,
+    default_modules_to_save,
+    load_adapter,
+    push_adapter,
+    save_adapter,
+)
 from peft_talora import files as files_module
 from peft_talora import hub as hub_module
 
@@ -213,11 +223,11 @@ class TestSaveAdapter:
             pass
 
         def killed(function):
-            def run(*args):
+            def run(*args, **kwargs):
                 calls.append(function.__name__)
                 if len(calls) > fails_at:
                     raise Killed
-                return function(*args)
+                return function(*args, **kwargs)
 
             return run
 
@@ -235,6 +245,13 @@ class TestSaveAdapter:
         assert_same(predict(loaded, pixels), predict(expected, pixels))
         assert [p.name for p in tmp_path.iterdir() if p.name != "sam"] == ["adapter"]
 
+    def test_peft_finishes_an_interrupted_save(self, sam, pixels, tmp_path):
+        path = save_adapter(make(sam), tmp_path / "adapter")
+        second = make(sam, scaling=2.0)
+        save_adapter(second, path / files_module.PENDING)  # killed after the rename that decides
+        msam = MSamForMultiTask.from_sam(sam, TASKS, image_size=48)
+        assert_same(predict(PeftModel.from_pretrained(msam, path), pixels), predict(second, pixels))
+
     def test_what_is_no_msam(self, sam, tmp_path):
         model = get_peft_model(sam, TALoraConfig(tasks=["a"], r=2))
         with pytest.raises(TypeError, match="one around a SamModel"):
@@ -242,39 +259,177 @@ class TestSaveAdapter:
         assert not list(tmp_path.iterdir())
 
 
-class TestModelCard:
-    def test_says_what_it_is_and_how_to_load_it(self, sam_path, tmp_path):
-        model = make(sam_path)
-        metrics = {"depth": {"abs_err": 0.12345, "rmse": None}}
-        card = (save_adapter(model, tmp_path / "adapter", metrics=metrics) / "README.md").read_text()
-        assert card.startswith("---\n") and "library_name: peft" in card
-        assert str(sam_path) in card and "48 pixels" in card
-        code = card.partition("```python\n")[2].partition("```")[0].splitlines()
-        assert "peft_talora" in code[0] and code[0].startswith(("import ", "from "))
-        compile("\n".join(code), "card", "exec")
-        assert "| semantic | semantic | 3 | wall, floor, door |" in card
-        assert "| depth | depth | 1 | - |" in card and "| a_normals | normals | 3 | - |" in card
-        assert "| depth | abs_err | 0.1235 |" in card and "rmse" not in card
-        # a local directory means nothing on the Hub
-        assert "base_model:" not in card
+class TestChecksums:
+    @pytest.fixture
+    def path(self, sam, tmp_path):
+        return save_adapter(make(sam, scaling=0.5), tmp_path / "adapter")
 
-    def test_names_a_base_of_the_hub(self, sam, tmp_path):
-        sam.name_or_path = sam.config._name_or_path = "facebook/sam-vit-base"
-        card = (save_adapter(make(sam), tmp_path / "adapter") / "README.md").read_text()
-        assert "base_model: facebook/sam-vit-base" in card and "- base model: facebook/sam-vit-base" in card
+    def test_a_changed_weight(self, path, sam, pixels):
+        before = predict(FROM_ADAPTER(path, base_model=sam), pixels)
+        rewrite(path, lambda tensors: tensors[some_key(tensors, "talora_U1")].add_(1.0))
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not as it was saved.*verify=False"):
+            FROM_ADAPTER(path, base_model=sam)
+        after = predict(FROM_ADAPTER(path, base_model=sam, verify=False), pixels)
+        assert (after["depth"] - before["depth"]).abs().max() > 1e-3
 
-    @pytest.mark.parametrize(("make_config", "name", "tag"), [(talora, "TA-LoRA", "ta-lora"), (lora, "LoRA", "lora")])
-    def test_names_the_method(self, sam, tmp_path, make_config, name, tag):
-        card = (save_adapter(make(sam, make_config), tmp_path / "adapter") / "README.md").read_text()
-        assert f"# {name} adapter of a Segment Anything Model for semantic, depth, a_normals" in card
-        assert f"\n- {tag}\n" in card
+    def test_a_changed_configuration(self, path, sam):
+        edit_json(path / "adapter_config.json", lambda values: values.update(scaling=0.7))
+        with pytest.raises(ValueError, match=r"adapter_config\.json is not as it was saved"):
+            FROM_ADAPTER(path, base_model=sam)
+        assert FROM_ADAPTER(path, base_model=sam, verify=False).peft_config["default"].scaling == 0.7
 
-    def test_counts_what_is_saved_also_where_it_is_frozen(self, sam_path, tmp_path):
-        path = save_adapter(make(sam_path), tmp_path / "adapter")
-        saved = sum(value.numel() for value in load_file(path / "adapter_model.safetensors").values())
-        assert f"parameters saved: {saved:,} of" in (path / "README.md").read_text()
-        again = save_adapter(FROM_ADAPTER(path), tmp_path / "again")
-        assert f"parameters saved: {saved:,} of" in (again / "README.md").read_text()
+    def test_beside_a_stock_lora(self, sam, tmp_path):
+        path = save_adapter(make(sam, lora), tmp_path / "adapter")
+        edit_json(path / "adapter_config.json", lambda values: values.update(lora_alpha=3))
+        with pytest.raises(ValueError, match=r"adapter_config\.json is not as it was saved"):
+            FROM_ADAPTER(path, base_model=sam)
+        assert FROM_ADAPTER(path, base_model=sam, verify=False).peft_config["default"].lora_alpha == 3
+
+    def test_the_base_may_move(self, path, sam_path):
+        edit_json(path / "adapter_config.json", lambda values: values.update(base_model_name_or_path=str(sam_path)))
+        FROM_ADAPTER(path)
+
+    @pytest.mark.parametrize("make_config", [talora, lora])
+    def test_of_an_older_version(self, sam, pixels, tmp_path, make_config):
+        model = make(sam, make_config)
+        path = save_adapter(model, tmp_path / "adapter")
+        for name in {"adapter_config.json", "msam.json"} & {file.name for file in path.iterdir()}:
+            edit_json(path / name, forget_what_is_new)
+        assert_same(predict(FROM_ADAPTER(path, base_model=sam), pixels), predict(model, pixels))
+
+    @pytest.mark.parametrize("make_config", [talora, lora])
+    @pytest.mark.parametrize("verify", [True, False])
+    def test_of_a_newer_version(self, sam, tmp_path, make_config, verify):
+        path = save_adapter(make(sam, make_config), tmp_path / "adapter")
+        file = path / ("msam.json" if make_config is lora else "adapter_config.json")
+        edit_json(file, lambda values: values["saved_by"].update(format=2))
+        with pytest.raises(ValueError, match=rf"{file.name} was saved in format 2.*Upgrade peft_talora"):
+            FROM_ADAPTER(path, base_model=sam, verify=verify)
+
+    @pytest.mark.parametrize("make_config", [talora, lora])
+    def test_a_seal_that_is_not_found(self, sam, tmp_path, make_config):
+        path = save_adapter(make(sam, make_config), tmp_path / "adapter")
+        file = path / ("msam.json" if make_config is lora else "adapter_config.json")
+        edit_json(file, lambda values: values.update(saved_bx=values.pop("saved_by")))
+        with pytest.raises(ValueError, match=rf"{file.name} has unknown entries \['saved_bx'\]"):
+            FROM_ADAPTER(path, base_model=sam)
+
+
+def forget_what_is_new(values):
+    values.pop("saved_by", None)
+    values.get("msam", values).pop("base", None)
+
+
+def cache(folder, hub_id, directory):
+    """Lay a directory out in `folder` as huggingface_hub's cache does."""
+    repository = folder / f"models--{hub_id.replace('/', '--')}"
+    commit = "0123456789" * 4
+    for name in ("blobs", "refs", f"snapshots/{commit}"):
+        (repository / name).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for file in directory.iterdir():
+        (repository / "blobs" / file.name).write_bytes(file.read_bytes())
+        (repository / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name}")
+
+
+class TestHubCache:
+    """From the Hub without a network: what was loaded once is loaded again."""
+
+    @pytest.mark.parametrize("make_config", [talora, lora])
+    def test_adapter_and_base(self, sam, sam_path, pixels, tmp_path, monkeypatch, make_config):
+        sam.name_or_path = "somebody/sam"
+        model = make(sam, make_config)
+        cache(tmp_path / "hub", "somebody/sam", sam_path)
+        cache(tmp_path / "hub", "somebody/adapter", save_adapter(model, tmp_path / "adapter"))
+        with pytest.raises(FileNotFoundError, match="'somebody/adapter' is neither a local directory nor"):
+            FROM_ADAPTER("somebody/adapter")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        for revision in (None, "main", "0123456789" * 4):
+            loaded = FROM_ADAPTER("somebody/adapter", revision=revision)
+        assert_same(predict(loaded, pixels), predict(model, pixels))
+        assert loaded.get_base_model().name_or_path == "somebody/sam"
+        with pytest.raises(FileNotFoundError, match="'somebody/adapter' is neither"):
+            FROM_ADAPTER("somebody/adapter", revision="v2")
+
+    def test_another_cache(self, sam, tmp_path):
+        cache(tmp_path / "hub", "somebody/adapter", save_adapter(make(sam), tmp_path / "adapter"))
+        FROM_ADAPTER("somebody/adapter", base_model=sam, cache_dir=tmp_path / "hub")
+
+    def test_through_peft(self, sam, pixels, tmp_path, monkeypatch):
+        model = make(sam)
+        path = save_adapter(model, tmp_path / "adapter")
+        cache(tmp_path / "hub", "somebody/adapter", path)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        msam = MSamForMultiTask.from_sam(sam, TASKS, image_size=48)
+        assert_same(predict(PeftModel.from_pretrained(msam, "somebody/adapter"), pixels), predict(model, pixels))
+
+
+class TestPush:
+    @pytest.fixture
+    def uploaded(self, monkeypatch, tmp_path):
+        """Where the files go that huggingface_hub is asked to upload; the calls are checked against its signatures."""
+        folder, self.calls = tmp_path / "uploaded", {}
+        url = huggingface_hub.RepoUrl("https://huggingface.co/somebody/adapter")
+
+        def answer(name, act):
+            def called(api, *args, **kwargs):
+                self.calls[name] = kwargs
+                return act(**kwargs)
+
+            function = create_autospec(getattr(huggingface_hub.HfApi, name), side_effect=called)
+            monkeypatch.setattr(huggingface_hub.HfApi, name, function)
+
+        def commit(operations, **kwargs):
+            for operation in operations:
+                (folder / operation.path_in_repo).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(operation.path_or_fileobj, folder / operation.path_in_repo)
+
+        def no_card(*args, **kwargs):
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no card yet")
+
+        answer("create_repo", lambda **kwargs: url)
+        answer("create_branch", lambda **kwargs: None)
+        answer("upload_folder", lambda folder_path, **kwargs: shutil.copytree(folder_path, folder) and "committed")
+        answer("create_commit", commit)
+        monkeypatch.setattr(huggingface_hub.ModelCard, "load", no_card)
+        return folder
+
+    @pytest.mark.parametrize("make_config", [talora, lora])
+    def test_uploads_all_that_loading_needs(self, sam, pixels, tmp_path, uploaded, make_config):
+        model = make(sam, make_config)
+        assert push_adapter(model, "adapter", metrics={"depth": {"rmse": 0.5}}, private=True) == "committed"
+        names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+        assert {file.name for file in uploaded.iterdir()} == names | ({"msam.json"} if make_config is lora else set())
+        assert_same(predict(FROM_ADAPTER(uploaded, base_model=sam), pixels), predict(model, pixels))
+        card = (uploaded / "README.md").read_text()
+        assert 'MSamForMultiTask.from_adapter("somebody/adapter"' in card and "| depth | rmse | 0.5 |" in card
+        assert self.calls["create_repo"] == {"private": True, "exist_ok": True}
+        upload = self.calls["upload_folder"]
+        assert upload["repo_id"] == "somebody/adapter" and upload["revision"] is None and not upload["create_pr"]
+        assert not Path(upload["folder_path"]).exists() and "create_branch" not in self.calls
+
+    def test_to_a_branch(self, sam, uploaded):
+        push_adapter(make(sam), "somebody/adapter", revision="v2", create_pr=True, commit_message="Better")
+        assert self.calls["create_branch"] == {"branch": "v2", "exist_ok": True}
+        upload = self.calls["upload_folder"]
+        assert (upload["revision"], upload["create_pr"], upload["commit_message"]) == ("v2", True, "Better")
+
+    def test_what_is_no_msam(self, sam, uploaded):
+        for model in (sam, get_peft_model(sam, TALoraConfig(tasks=["a"], r=2))):
+            with pytest.raises(TypeError, match="a SamModel; use its save_pretrained or push_to_hub"):
+                push_adapter(model, "somebody/adapter")
+        assert not self.calls
+
+    def test_without_a_network(self, sam):
+        with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
+            push_adapter(make(sam), "somebody/adapter")
+
+    def test_pefts_own_push_is_enough(self, sam, pixels, uploaded):
+        model = make(sam)
+        model.push_to_hub("somebody/adapter")
+        names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+        assert {file.name for file in uploaded.iterdir()} == names
+        assert_same(predict(FROM_ADAPTER(uploaded, base_model=sam), pixels), predict(model, pixels))
 
 
 class TestRefusedDirectories:
@@ -298,7 +453,9 @@ class TestRefusedDirectories:
         path = save_adapter(make(sam), tmp_path / "adapter")
         torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
         (path / "adapter_model.safetensors").unlink()
-        with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors"):
+        with pytest.raises(
+            FileNotFoundError, match=r"no adapter_model\.safetensors\. Its adapter_model\.bin is not read"
+        ):
             FROM_ADAPTER(path, base_model=sam)
 
     def test_an_adapter_of_another_model(self, sam, tmp_path):
@@ -370,12 +527,6 @@ class TestRefusedWeights:
         file.write_bytes(file.read_bytes()[:keep])
         self.refuse(path, sam, r"adapter_model\.safetensors is damaged")
 
-    def test_a_sam_of_another_size(self, path, sam_factory):
-        with pytest.raises(ValueError, match="has another shape"):
-            FROM_ADAPTER(path, base_model=sam_factory(hidden_size=24))
-        with pytest.raises(ValueError, match="is missing"):
-            FROM_ADAPTER(path, base_model=sam_factory(num_hidden_layers=4))
-
 
 class TestRefusedBases:
     @pytest.fixture
@@ -391,7 +542,7 @@ class TestRefusedBases:
         ],
     )
     def test_other_tasks(self, path, sam, tasks):
-        with pytest.raises(ValueError, match=r"The adapter's tasks are .*those of the base model"):
+        with pytest.raises(ValueError, match=r"The adapter's task(s are| 'depth' is) .*th(ose|at) of the base model"):
             FROM_ADAPTER(path, base_model=MSamForMultiTask.from_sam(sam, tasks, image_size=48))
 
     def test_another_image_size(self, path, sam):
@@ -404,6 +555,53 @@ class TestRefusedBases:
             ValueError, match=r"\['a_normals', 'depth', 'semantic'\].*\['semantic', 'depth', 'a_normals'\]"
         ):
             FROM_ADAPTER(path, base_model=sam)
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ({"hidden_size": 24}, "that has hidden_size=16, .* has hidden_size=24"),
+            ({"num_hidden_layers": 4}, "that has num_hidden_layers=3, .* has num_hidden_layers=4"),
+            # the same shapes, and another encoder
+            ({"num_attention_heads": 4}, "that has num_attention_heads=2, .* has num_attention_heads=4"),
+            (
+                {"global_attn_indexes": [0], "window_size": 4},
+                r"that has window_size=3, global_attn_indexes=\[1\], .* has window_size=4, global_attn_indexes=\[0\]",
+            ),
+        ],
+    )
+    def test_a_sam_of_other_sizes(self, path, sam_factory, sizes, message):
+        other = sam_factory(**sizes)
+        other.name_or_path = "other/sam"
+        with pytest.raises(
+            ValueError, match=f"trained on another SAM: {message.replace(', .*', ', the base model .other/sam.')}"
+        ):
+            FROM_ADAPTER(path, base_model=other)
+        # through PEFT, too
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(MSamForMultiTask.from_sam(other, TASKS, image_size=48), path)
+
+    def test_a_sam_of_other_sizes_and_an_older_adapter(self, path, sam_factory):
+        edit_json(path / "adapter_config.json", forget_what_is_new)
+        with pytest.raises(ValueError, match=r"has another shape than in the model: .*16.*, expected .*24"):
+            FROM_ADAPTER(path, base_model=sam_factory(hidden_size=24))
+        with pytest.raises(ValueError, match=r"layers\.3\..* is missing"):
+            FROM_ADAPTER(path, base_model=sam_factory(num_hidden_layers=4))
+
+    def test_a_sam_of_another_name_is_a_warning(self, sam, tmp_path, recwarn):
+        sam.name_or_path = "somebody/sam"
+        path = save_adapter(make(sam), tmp_path / "adapter")
+        sam.name_or_path = str(tmp_path)  # a copy of it
+        FROM_ADAPTER(path, base_model=sam)
+        assert not [warning for warning in recwarn if "trained on" in str(warning.message)]
+        sam.name_or_path = "somebody/other-sam"
+        with pytest.warns(UserWarning, match="trained on 'somebody/sam', the base model is 'somebody/other-sam'"):
+            FROM_ADAPTER(path, base_model=sam)
+
+    def test_other_tasks_through_peft(self, path, sam):
+        reverse = {name: TASKS[name] for name in reversed(TASKS)}
+        for tasks, size in ((reverse, 48), (TASKS, 32)):
+            with pytest.raises(ValueError, match=r"tasks of the adapter, \['sem.*\['a_norm|image_size=48, .* has 32"):
+                PeftModel.from_pretrained(MSamForMultiTask.from_sam(sam, tasks, image_size=size), path)
 
     def test_neither_sam_nor_msam(self, path, sam):
         for base in (nn.Linear(2, 2), sam.vision_encoder):
