@@ -142,16 +142,17 @@ def backward(outputs: tuple, inputs: list[torch.Tensor], cotangent: torch.Tensor
 
 
 def layer_row(args: argparse.Namespace, name: str, shape: tuple, width: int, compiled: bool, limit: float) -> Row:
-    """Forward and backward of a fused qkv (width -> 3 width) of a block in the middle of an encoder."""
+    """Forward and backward of a layer width -> `args.widening` width of a block in the middle of an encoder."""
+    out = args.widening * width
     torch._dynamo.reset()
     wrap = functools.partial(torch.compile, dynamic=False) if compiled else (lambda function: function)
-    base = nn.Sequential(nn.Linear(width, 3 * width)).requires_grad_(False)
+    base = nn.Sequential(nn.Linear(width, out)).requires_grad_(False)
     model = get_peft_model(base, pt.ConvLoraConfig(target_modules=["0"])).to(args.device).train()
     layer = model.base_model.model[0]
     nn.init.normal_(layer.convlora_B["default"])
     parameters = [p for p in layer.parameters() if p.requires_grad]
     x = torch.randn(*shape, width, device=args.device, requires_grad=True)
-    cotangent = torch.randn(*shape, 3 * width, device=args.device)
+    cotangent = torch.randn(*shape, out, device=args.device)
     linear, ours = wrap(layer.base_layer), wrap(layer)
 
     def run_ours() -> None:
@@ -178,7 +179,8 @@ def layers(args: argparse.Namespace) -> Iterator[Row]:
     for width, compiled, limit in ((64, False, 0.45), (64, True, 0.30), (768, True, 0.55)):
         for name, shape in shapes.items():
             mode = "compiled" if compiled else "eager"
-            yield layer_row(args, f"layer, {name}, {width} channels, {mode}", shape, width, compiled, limit)
+            title = f"layer, {name}, {width} -> {args.widening * width} channels, {mode}"
+            yield layer_row(args, title, shape, width, compiled, limit)
 
 
 # --- A training step ---------------------------------------------------------------------------------------------------
@@ -263,6 +265,9 @@ def main(argv: list[str] | None = None) -> None:
         "--seconds", type=float, default=15, help="how long a row lasts at least: short ones get more rounds"
     )
     parser.add_argument("--threads", type=int, help="threads on the CPU; default: torch's choice")
+    parser.add_argument(
+        "--widening", type=int, default=3, help="`layer`: outputs per input; 3 is a fused qkv, 1 a square layer"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the measurements to this file, too")
     args = parser.parse_args(argv)

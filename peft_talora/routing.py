@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,12 +31,13 @@ class Routing:
     """The tasks of one forward: per adapter an index for all samples, or a LongTensor (B,) of one index per sample.
 
     `source` is the request as the caller gave it, `recomputing` is set while activation checkpointing replays a
-    forward.
+    forward. `adapter_names` holds the adapter of each sample, where they differ.
     """
 
     by_adapter: dict[str, int | torch.Tensor]
     source: Any = None
     recomputing: bool = False
+    adapter_names: tuple[str, ...] | None = None
 
 
 class _ThreadRouting(threading.local):
@@ -87,6 +88,11 @@ class TaskRouter:
     def override(self) -> Routing | None:
         """The routing of the current `with` block or forward in this thread, or None."""
         return self._thread.routing
+
+    @property
+    def adapter_names(self) -> tuple[str, ...] | None:
+        """The adapter of each sample, or None where all samples use the active ones."""
+        return None if self.override is None else self.override.adapter_names
 
     def add(self, adapter_name: str, tasks: Sequence[str]) -> None:
         """Register an adapter; its first task becomes active. Registering the same tasks again changes nothing."""
@@ -146,7 +152,7 @@ class TaskRouter:
     def snapshot(self) -> Routing:
         """Everything that decides the tasks of a forward now, to replay it later under activation checkpointing."""
         if self.override is not None:
-            return Routing(self.override.by_adapter, self.override.source, recomputing=True)
+            return replace(self.override, recomputing=True)
         return Routing(dict(self.active), recomputing=True)
 
 
@@ -206,6 +212,11 @@ def check_batch_size(routing: Routing | None, batch_size: int) -> None:
     """Raise ValueError when a per-sample routing is not for `batch_size` samples."""
     if routing is None:
         return
+    if routing.adapter_names is not None and len(routing.adapter_names) != batch_size:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(routing.adapter_names)} and {batch_size} respectively."
+        )
     for ids in routing.by_adapter.values():
         if isinstance(ids, torch.Tensor) and ids.shape[0] != batch_size:
             raise ValueError(

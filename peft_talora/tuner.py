@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
+from .adapter_checks import check_adapter_state
 from .checkpointing import add_checkpoint_hooks, remove_checkpoint_hooks
 from .msam_adapter import prepare_for_msam
 
@@ -32,6 +33,13 @@ class PluginTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._add_hooks()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # PEFT only warns of missing tensors, which then keep the values they were drawn with
+        check_adapter_state(model, adapter_name, cls.prefix, state_dict)
+        return state_dict
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         prepare_for_msam(peft_config, model)
@@ -64,14 +72,13 @@ class PluginTuner(BaseTuner):
         self, peft_config: PeftConfig, adapter_name: str, target: nn.Module, name: str
     ) -> BaseTunerLayer:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        backend = resolve_quantization_backend(base_layer)
-        is_linear = isinstance(base_layer, nn.Linear) or (backend is not None and backend.layer_type == "linear")
-        if not is_linear:
+        quantization_kwargs = get_quantization_kwargs(self)
+        if not _is_linear(base_layer, quantization_kwargs):
             raise TypeError(
                 f"Target module '{name}' ({type(base_layer).__name__}) is not supported. Only `torch.nn.Linear` "
                 "(optionally quantized) is."
             )
-        kwargs = {**get_quantization_kwargs(self), **self._layer_kwargs()}
+        kwargs = {**quantization_kwargs, **self._layer_kwargs()}
         return self.linear_layer_cls(target, adapter_name, config=peft_config, name=name, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -94,3 +101,10 @@ class PluginTuner(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         self._remove_hooks()
         return model
+
+
+def _is_linear(layer: nn.Module, quantization_kwargs: dict[str, Any]) -> bool:
+    if isinstance(layer, nn.Linear):
+        return True
+    backend = resolve_quantization_backend(layer, **quantization_kwargs)
+    return backend is not None and backend.layer_type == "linear"

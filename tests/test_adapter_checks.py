@@ -7,8 +7,8 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
-from peft_talora import MSamForMultiTask, TALoraConfig, TALoraModel, TaskSpec
-from peft_talora.adapter_checks import TensorKind, adapter_tensors, check_adapter_state, check_weights, saved_tensors
+from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec
+from peft_talora.adapter_checks import TensorKind, adapter_tensors, check_weights, saved_tensors
 
 EXPECTED = {"a": TensorKind((2, 3), True), "count": TensorKind((), False)}
 
@@ -82,17 +82,6 @@ class TestCheckAdapterState:
     @pytest.fixture
     def model(self, sam):
         return get_peft_model(sam, TALoraConfig(tasks=["a", "b"], r=2, modules_to_save=["mask_decoder"]))
-
-    @pytest.fixture(autouse=True)
-    def hooked(self, monkeypatch):
-        remap = TALoraModel._remap_adapter_state_dict_for_load.__func__
-
-        def checked(cls, *, model, config, adapter_name, state_dict):
-            state_dict = remap(cls, model, config, adapter_name, state_dict)
-            check_adapter_state(model, adapter_name, cls.prefix, state_dict)
-            return state_dict
-
-        monkeypatch.setattr(TALoraModel, "_remap_adapter_state_dict_for_load", classmethod(checked))
 
     def test_what_fits(self, model):
         state = get_peft_model_state_dict(model)

@@ -150,13 +150,17 @@ class TestState:
                     barrier.wait()
                     if not torch.allclose(embed(model, pixels), expected[task], rtol=0, atol=1e-12):
                         wrong.append(task)
+                barrier.wait()
+                output = model(pixel_values=pixels, task_ids=[task], output_hidden_states=True)
+                if not torch.allclose(output.vision_hidden_states[-1], expected[task], rtol=0, atol=1e-12):
+                    wrong.append(task)
 
         threads = [threading.Thread(target=serve, args=(task,)) for task in expected]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert not wrong
+        assert not wrong and model.base_model.task_router.override is None
 
 
 def _in_block(model, pixels):
@@ -243,6 +247,21 @@ def test_compiles_to_one_graph_for_any_mix(sam):
             output = encode(pixels, torch.tensor(ids))
         with model.use_task(ids):
             torch.testing.assert_close(output, embed(model, pixels), rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_task_ids_of_a_forward_compile_to_one_graph_for_any_mix():
+    base = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+    config = TALoraConfig(tasks=["a", "b"], target_modules=["0", "2"], r=2, init_weights=False)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    torch._dynamo.reset()
+    forward = torch.compile(lambda x, ids: model(x, task_ids=ids), fullgraph=True, backend="aot_eager")
+    for ids in ([0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0]):
+        with torch._dynamo.config.patch(error_on_recompile=ids != [0, 1, 1, 0]):
+            output = forward(x, torch.tensor(ids))
+        with model.use_task(ids):
+            torch.testing.assert_close(output, model(x), rtol=0, atol=1e-12)
 
 
 def _encode_with(model, pixels, ids):

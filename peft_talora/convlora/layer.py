@@ -7,25 +7,21 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from torch.nn import functional as F
 
 from ..checkpointing import is_replay
+from ..tuner_layer import PluginLayer
 from .config import ConvLoraConfig
 from .experts import expert_outputs
 from .gate import choose
+from .thin import add_product, project
 
 MERGE_ERROR = (
     "Conv-LoRA cannot be merged: its update goes through a GELU, mixes neighbouring tokens and picks another expert for "
     "every input, so that no weight of the base layer is equal to it. Keep the adapter for inference (save_pretrained writes "
     "it, PeftModel.from_pretrained loads it), or call unload() to get the base model without it."
 )
-
-
-# up to this rank the product with B is written out in compiled graphs
-_MAX_JOINED_RANK = 8
 
 
 class _LastForward:
@@ -43,7 +39,7 @@ class _LastForward:
         return _LastForward, ()
 
 
-class ConvLoraLayer(BaseTunerLayer):
+class ConvLoraLayer(PluginLayer):
     """The parameters of Conv-LoRA for one linear layer, and what PEFT does with every tuner layer."""
 
     # All names of layers that may contain (trainable) adapter weights
@@ -70,10 +66,7 @@ class ConvLoraLayer(BaseTunerLayer):
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
-        self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        super().__init__(base_layer, **kwargs)
         self.r: dict[str, int] = {}
         self.convlora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -84,20 +77,7 @@ class ConvLoraLayer(BaseTunerLayer):
         self.grid_size: dict[str, tuple[int, int] | None] = {}
         self.num_prefix_tokens: dict[str, int] = {}
         self.convlora_dropout = nn.ModuleDict({})
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict({}))
-        # Mark the weight as unmerged
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
         self.last_forward = _LastForward()
-        # flag to enable/disable casting of input to weight dtype during forward call
-        self.cast_input_dtype_enabled = True
-        self.kwargs = kwargs
-
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        if in_features is None or out_features is None:
-            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}.")
-        self.in_features, self.out_features = in_features, out_features
 
     def update_layer(self, adapter_name: str, config: ConvLoraConfig, name: str = "") -> None:
         """Add the parameters of the adapter `adapter_name`.
@@ -120,13 +100,12 @@ class ConvLoraLayer(BaseTunerLayer):
             getattr(self, parameters)[adapter_name] = nn.Parameter(torch.zeros(shape))
 
         self.reset_convlora_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._activate(adapter_name, config)
 
     @torch.no_grad()
     def reset_convlora_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """Fill the parameters as `ConvLoraConfig.init_weights` says."""
-        parameters = [getattr(self, name)[adapter_name] for name in self.adapter_layer_names]
+        parameters = self.parameters_of(adapter_name)
         if any(parameter.device.type == "meta" for parameter in parameters):
             return
         A, B, expert_weight, *others = parameters
@@ -163,25 +142,6 @@ class ConvLoraLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.last_forward.choices = {}
 
-    def extra_repr(self) -> str:
-        return quantization_extra_repr(self)
-
-
-def _add_product(result: torch.Tensor, hidden: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """result + B hidden: (..., k), (..., r), (k, r) -> (..., k)."""
-    if torch.compiler.is_compiling() and B.shape[1] <= _MAX_JOINED_RANK:
-        # a compiler joins thin outer products with the addition: one pass over the layer's largest tensor, and no further one
-        for column, weight in zip(hidden.unbind(-1), B.unbind(-1), strict=True):
-            result = result + column[..., None] * weight
-        return result
-    # a contiguous B^T: autograd then computes the gradient of B as hidden^T times gradient, which CPUs do several times faster
-    # than gradient^T times hidden
-    transposed = B.T.contiguous()
-    if result.dtype != hidden.dtype:
-        return result + hidden @ transposed
-    flat = torch.addmm(result.reshape(-1, result.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), transposed)
-    return flat.reshape(result.shape)
-
 
 class ConvLoraLinear(nn.Module, ConvLoraLayer):
     r"""A linear layer W0 (k x d) with a low-rank update and convolutional experts (Conv-LoRA, arXiv 2401.17868, section 3).
@@ -215,23 +175,21 @@ class ConvLoraLinear(nn.Module, ConvLoraLayer):
             self.remember({})
             return self.base_layer(x, *args, **kwargs)
 
-        result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
+        result = self.base_result(x, *args, **kwargs)
         result_dtype = result.dtype
         choices = {}
         for adapter_name in self.active_adapters:
             if adapter_name in self.convlora_A:
                 x = self._cast_input_dtype(x, self.convlora_A[adapter_name].dtype)
                 hidden, choices[adapter_name] = self._hidden(adapter_name, x)
-                result = _add_product(result, hidden, self.convlora_B[adapter_name])
+                result = add_product(result, hidden, self.convlora_B[adapter_name])
         self.remember(choices)
         return result.to(result_dtype)
 
     def _hidden(self, adapter_name: str, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """(alpha / r) (Z + E(Z)) of shape (..., r), and what is kept of the choice of experts."""
         prefix, height, width = self._grid_of(adapter_name, x)
-        tokens = F.linear(self.convlora_dropout[adapter_name](x), self.convlora_A[adapter_name])
+        tokens = project(self.convlora_dropout[adapter_name](x), self.convlora_A[adapter_name])
         grid = tokens[:, prefix:] if prefix else tokens
         grid = grid.reshape(-1, height, width, tokens.shape[-1])
 

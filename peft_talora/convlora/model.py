@@ -68,7 +68,9 @@ class ConvLoraModel(PluginTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("Mixed adapter batches (`adapter_names`) are not supported by Conv-LoRA yet.")
+            raise ValueError(
+                "Mixed adapter batches (`adapter_names`) are not supported by Conv-LoRA: call the model once per adapter."
+            )
         yield
 
 

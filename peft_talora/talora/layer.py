@@ -7,17 +7,18 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
 from ..checkpointing import in_backward
+from ..mixed_batch import by_sample, samples_of
 from ..routing import TaskRouter
+from ..tuner_layer import PluginLayer
 from .config import TALoraConfig
 
 
-class TALoraLayer(BaseTunerLayer):
+class TALoraLayer(PluginLayer):
     """The factors of TA-LoRA for one linear layer, and what PEFT does with every tuner layer."""
 
     # All names of layers that may contain (trainable) adapter weights
@@ -26,11 +27,8 @@ class TALoraLayer(BaseTunerLayer):
     other_param_names = ("r_in", "r_out", "r_task", "scaling", "talora_dropout", "enable_qkv", "ortho_reg_weight")
 
     def __init__(self, base_layer: nn.Module, task_router: TaskRouter, **kwargs: Any) -> None:
-        self.base_layer = base_layer
+        super().__init__(base_layer, **kwargs)
         self.task_router = task_router
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
         self.r_in: dict[str, int] = {}
         self.r_out: dict[str, int] = {}
         self.r_task: dict[str, int] = {}
@@ -38,23 +36,8 @@ class TALoraLayer(BaseTunerLayer):
         self.enable_qkv: dict[str, list[bool] | None] = {}
         self.ortho_reg_weight: dict[str, float] = {}
         self.talora_dropout = nn.ModuleDict({})
-        self.talora_G = nn.ParameterDict({})
-        self.talora_U1 = nn.ParameterDict({})
-        self.talora_U2 = nn.ParameterDict({})
-        self.talora_U3 = nn.ParameterDict({})
-        # Mark the weight as unmerged
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
         # the task that each merged adapter was merged for
         self.merged_tasks: dict[str, int] = {}
-        # flag to enable/disable casting of input to weight dtype during forward call
-        self.cast_input_dtype_enabled = True
-        self.kwargs = kwargs
-
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        if in_features is None or out_features is None:
-            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}.")
-        self.in_features, self.out_features = in_features, out_features
 
     def update_layer(self, adapter_name: str, config: TALoraConfig, name: str = "") -> None:
         """Add the factors of the adapter `adapter_name`.
@@ -81,8 +64,7 @@ class TALoraLayer(BaseTunerLayer):
         self.task_router.add(adapter_name, config.tasks)
 
         self.reset_talora_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._activate(adapter_name, config)
 
     def _num_enabled_outputs(self, config: TALoraConfig, name: str) -> int:
         if config.enable_qkv is None:
@@ -97,7 +79,7 @@ class TALoraLayer(BaseTunerLayer):
     @torch.no_grad()
     def reset_talora_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
         """Fill the factors as `TALoraConfig.init_weights` says."""
-        factors = [getattr(self, name)[adapter_name] for name in self.adapter_layer_names]
+        factors = self.parameters_of(adapter_name)
         if any(factor.device.type == "meta" for factor in factors):
             return
         G, U1, U2, U3 = factors
@@ -126,9 +108,6 @@ class TALoraLayer(BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.task_router.forget(adapter_name)
-
-    def extra_repr(self) -> str:
-        return quantization_extra_repr(self)
 
 
 def _normalized_init(U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
@@ -208,20 +187,33 @@ class TALoraLinear(nn.Module, TALoraLayer):
             self._check_merged_tasks()
             return self.base_layer(x, *args, **kwargs)
 
-        result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
+        result = self.base_result(x, *args, **kwargs)
+        if self.task_router.adapter_names is not None:
+            return self._add_mixed_adapters(result, x, self.task_router.adapter_names)
         result_dtype = result.dtype
         for adapter_name in self.active_adapters:
             if adapter_name in self.talora_G:
-                x = self._cast_input_dtype(x, self.talora_U1[adapter_name].dtype)
-                result = result + self._update(adapter_name, self.talora_dropout[adapter_name](x))
+                result = result + self._update(adapter_name, x, self.task_router.task_of(adapter_name))
         return result.to(result_dtype)
 
-    def _update(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+    def _add_mixed_adapters(
+        self, result: torch.Tensor, x: torch.Tensor, adapter_names: tuple[str, ...]
+    ) -> torch.Tensor:
+        """`result` with the update of each sample's own adapter, (rows, ..., k)."""
+        inputs, outputs = by_sample(x, len(adapter_names)), by_sample(result, len(adapter_names))
+        for adapter_name in sorted(self.talora_G.keys() & set(adapter_names)):
+            samples = samples_of(adapter_name, adapter_names, x.device)
+            task = self.task_router.task_of(adapter_name)
+            if isinstance(task, torch.Tensor):
+                task = task.to(x.device)[samples]
+            update = self._update(adapter_name, inputs[samples].flatten(0, 1), task)
+            outputs = outputs.index_add(0, samples, by_sample(update, len(samples)).to(outputs.dtype))
+        return outputs.reshape(result.shape)
+
+    def _update(self, adapter_name: str, x: torch.Tensor, task: int | torch.Tensor) -> torch.Tensor:
         """dW_t x, for the task of the whole batch or the task of each sample."""
         self._check_replay(adapter_name)
-        task = self.task_router.task_of(adapter_name)
+        x = self.talora_dropout[adapter_name](self._cast_input_dtype(x, self.talora_U1[adapter_name].dtype))
         U2 = self._padded_U2(adapter_name)
         if isinstance(task, int):
             hidden = x @ (self.talora_U1[adapter_name] @ self._core(adapter_name, task))

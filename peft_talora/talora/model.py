@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..mixed_batch import check_adapter_names, route_adapters, saved_modules_use
 from ..msam_adapter import is_msam
 from ..routing import TaskRequest, TaskRouter, find_routers, set_task, use_task
 from ..task_hooks import add_task_hook, remove_task_hook
@@ -119,18 +120,42 @@ class TALoraModel(PluginTuner):
         return next(iter(names.values())) if len(names) == 1 else names
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("Mixed adapter batches (`adapter_names`) are not supported by TA-LoRA yet.")
-        if task_ids is None:
-            yield
-            return
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, task_ids: Any = None, **kwargs: Any
+    ) -> Iterator[None]:
         if isinstance(task_ids, str | int):
             raise ValueError(f"task_ids takes one task per sample, got {task_ids!r}; use use_task for a single task.")
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        with self.task_router.using(self.task_router.resolve(task_ids, device)):
+        if adapter_names is None and task_ids is None:
             yield
+            return
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        with ExitStack() as stack:
+            if adapter_names is None:
+                routing = self.task_router.resolve(task_ids, device)
+            else:
+                self._check_mixed_batch(adapter_names)
+                routing = route_adapters(self.task_router, adapter_names, task_ids, device)
+                stack.enter_context(saved_modules_use(self.model, adapter_names))
+            stack.enter_context(self.task_router.using(routing))
+            yield
+
+    def _check_mixed_batch(self, adapter_names: Sequence[str]) -> None:
+        """Refuse `adapter_names` where PEFT's LoRA does, and where PEFT cannot mix what was trained in full."""
+        if is_msam(self.model):
+            raise ValueError(
+                "Mixed adapter batches (`adapter_names`) are not supported for an mSAM: its mask decoders and LayerNorms "
+                "are trained in full, and PEFT mixes no such modules. Call it once per adapter; `task_ids` mixes the tasks "
+                "of one."
+            )
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        check_adapter_names(adapter_names, self.task_router.tasks)
+        if any(isinstance(layer, TALoraLayer) and layer.merged for layer in self.model.modules()):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._enable_peft_forward_hooks(*args, **kwargs):
+            kwargs.pop("adapter_names", None)
             return self.model(*args, **kwargs)

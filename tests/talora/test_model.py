@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
 from transformers import SamMaskDecoderConfig, SamVisionConfig, SamVisionModel
@@ -202,10 +201,6 @@ class TestSeveralAdapters:
         assert differ(predict(model, pixels), before)
         assert len({id(layer.task_router) for layer in layers}) == 1
 
-    def test_mixed_adapter_batches_are_refused(self, sam):
-        with pytest.raises(ValueError, match="adapter_names"):
-            self.make(sam)(pixel_values=images(), adapter_names=["default", "other"])
-
 
 class TestFiles:
     def test_state_dict_keys(self, sam):
@@ -278,20 +273,6 @@ class TestTransformersOwnMethods:
         routers = {id(m.task_router): m.task_router for m in sam.modules() if isinstance(m, TALoraLayer)}
         (router,) = routers.values()
         assert router.active == {"one": 1, "two": 0}
-
-
-class TestRefusals:
-    """What PEFT allows to its LoRA alone ends in PEFT's own error."""
-
-    def test_mixed_model(self, sam):
-        with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
-            get_peft_model(sam, config(), mixed=True)
-
-    def test_hotswap(self, sam, tmp_path):
-        model = tuned(sam)
-        model.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="Hotswapping only supports LORA"):
-            hotswap_adapter(model, str(tmp_path), "default")
 
 
 def test_repr_names_the_tuner():
