@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object, send_to_device, set_seed
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch.utils.data import DataLoader
@@ -26,10 +27,20 @@ from transformers import get_linear_schedule_with_warmup
 
 import peft_talora as pt
 from peft_talora.data import Augmentation, MultiTaskDataset, collate, detect_tasks, load_multitask_dataset
+from peft_talora.files import written_aside
 from peft_talora.metrics import HIGHER_IS_BETTER, MultiTaskMetrics
 from peft_talora.msam.loading import load_sam
 
 sys.path.insert(0, str(Path(__file__).parent))
+from checkpoints import (
+    Checkpoint,
+    check_arguments,
+    find_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_aside,
+    set_random_state,
+)
 from pictures import draw_predictions
 
 METHODS = ("talora", "convlora", "lora", "decoder")
@@ -37,6 +48,9 @@ METHODS = ("talora", "convlora", "lora", "decoder")
 ADAPTER_LR = {"talora": 2e-3, "convlora": 1e-3, "lora": 2e-3, "decoder": 0.0}
 # the rank at which each method was published; that of lora is talora's
 RANK = {"talora": 32, "convlora": 3, "lora": 32, "decoder": 1}
+# arguments that a resumed run may change: they do not change what is trained
+FREE_ARGUMENTS = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "eval_every", "baseline", "report_to",
+                  "num_workers", "gradient_checkpointing")  # fmt: skip
 # the recipe's weights on NYUv2: the cosine loss of normals is small beside the others
 TASK_WEIGHTS = {"normals": 4.0}
 
@@ -71,13 +85,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, help="processes that load data")
     add("--output-dir", type=Path, default=Path("runs/multitask"))
     add("--checkpoint-every", type=int, help="steps between checkpoints; default: only the last step")
+    add("--keep-checkpoints", type=int, default=3, help="how many checkpoints to keep, the last ones")
+    add("--resume", help="latest, or a checkpoint's directory: go on from there, bit for bit as if never interrupted")
     add("--eval-every", type=int, help="steps between evaluations; default: only at the end")
     add("--baseline", help="what Delta_b compares with: a metrics.json, 'train' (decoder-only training at equal steps "
         "first) or 'none'; default: train for scenes, none otherwise")  # fmt: skip
     add("--report-to", choices=("none", "tensorboard", "trackio"), default="none")
     args = parser.parse_args(argv)
     args.rank = RANK[args.method] if args.rank is None else args.rank
-    for name in ("steps", "batch_size", "grad_accumulation", "rank", "num_train", "num_test"):
+    for name in ("steps", "batch_size", "grad_accumulation", "rank", "num_train", "num_test", "keep_checkpoints"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.base == "tiny_sam":
@@ -113,16 +129,32 @@ def load_data(args: argparse.Namespace, image_size: int):
     return splits["train"], test, tasks
 
 
-def make_loader(rows, tasks, processor, args, augment=None) -> DataLoader:
-    dataset = MultiTaskDataset(rows, tasks, processor, augment=augment, seed=args.seed)
+def make_loader(dataset: MultiTaskDataset, args: argparse.Namespace, **batches) -> DataLoader:
+    # a generator of its own: making an iterator draws a number, which would shift the noise and dropout of the model
     return DataLoader(
-        dataset,
-        batch_size=min(args.batch_size, len(dataset)),
-        shuffle=augment is not None,
-        drop_last=augment is not None,
-        collate_fn=collate,
-        num_workers=args.num_workers,
+        dataset, collate_fn=collate, num_workers=args.num_workers, generator=torch.Generator(), **batches
     )
+
+
+def endless(accelerator: Accelerator, dataset: MultiTaskDataset, args: argparse.Namespace, start: int = 0):
+    """This process's batches from number `start` on, epoch after epoch, each with its own order and augmentation.
+
+    All of it follows from the seed and the batch's number, so that a resumed run goes on in the middle of an epoch, and
+    what it had already is not loaded again. accelerate's own loaders would start the epoch again.
+    """
+    processes, index = accelerator.num_processes, accelerator.process_index
+    size = min(args.batch_size, len(dataset) // processes)
+    if size == 0:
+        raise ValueError(f"the dataset has {len(dataset)} rows to train on, too few for {processes} processes")
+    per_epoch = len(dataset) // (size * processes)
+    while True:
+        epoch, done = divmod(start, per_epoch)
+        dataset.set_epoch(epoch)
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed + epoch))
+        batches = order[: per_epoch * processes * size].view(per_epoch, processes, size)[done:, index].tolist()
+        for batch in make_loader(dataset, args, batch_sampler=batches):
+            yield send_to_device(batch, accelerator.device)
+        start += len(batches)
 
 
 # --- Model ----------------------------------------------------------------------------------------------------------
@@ -179,8 +211,9 @@ def backward_sequential(accelerator: Accelerator, model, batch) -> dict[str, flo
     """One task after the other: the same gradients, with the memory of one task."""
     specs = accelerator.unwrap_model(model).get_base_model().task_specs
     losses = {}
-    # the passes use different decoders, so that gradients are averaged over the processes by hand afterwards
-    with accelerator.no_sync(model):
+    # the passes use different decoders, so that gradients are averaged over the processes by hand afterwards;
+    # accelerate's no_sync does nothing where torchrun started one process only, and yet the model is wrapped
+    with getattr(model, "no_sync", contextlib.nullcontext)():
         for name in specs:
             output = model(pixel_values=batch["pixel_values"], tasks=[name], labels=batch["labels"])
             # the auxiliary loss belongs to the step, not to every pass
@@ -194,43 +227,52 @@ def backward_sequential(accelerator: Accelerator, model, batch) -> dict[str, flo
     return losses
 
 
-def endless(loader: DataLoader):
-    """Batches of epoch after epoch, each with its own order and augmentation."""
-    epoch = 0
-    while True:
-        loader.dataset.set_epoch(epoch)
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        yield from loader
-        epoch += 1
+def train(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    data,
+    arguments: dict,
+    folder: Path,
+    checkpoint: Checkpoint | None,
+):
+    """Train one method and evaluate it: (PeftModel, processor, {task: {metric: value}}, seconds).
 
-
-def train(accelerator: Accelerator, args: argparse.Namespace, method: str, data, output_dir: Path | None):
-    """Train one method and evaluate it: (PeftModel, processor, {task: {metric: value}}, seconds)."""
+    The method is that of `arguments`, which are written into the checkpoints in `folder`; training goes on from
+    `checkpoint` where there is one.
+    """
     train_rows, test_rows, tasks = data
+    method = arguments["--method"]
     set_seed(args.seed)
     msam = pt.MSamForMultiTask.from_sam(args.base, tasks, args.image_size, args.channel_mode)
     model = add_adapter(msam, args, method)
+    if checkpoint is not None:
+        checkpoint.load_adapter(model)
     if args.gradient_checkpointing:
         # the newer name where there is one: transformers drops the older one in version 6
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     processor = pt.MSamProcessor.from_model(msam)
-    loader = make_loader(train_rows, tasks, processor, args, augment=Augmentation())
-    test_loader = make_loader(test_rows, tasks, processor, args)
+    dataset = MultiTaskDataset(train_rows, tasks, processor, augment=Augmentation(), seed=args.seed)
+    test_dataset = MultiTaskDataset(test_rows, tasks, processor)
+    test_loader = make_loader(test_dataset, args, batch_size=min(args.batch_size, len(test_dataset)))
     optimizer = make_optimizer(model, args, method)
     warmup = max(1, round(0.05 * args.steps))
     # the scheduler of accelerate steps once per process
     scheduler = get_linear_schedule_with_warmup(
         optimizer, warmup * accelerator.num_processes, args.steps * accelerator.num_processes
     )
-    model, optimizer, scheduler, loader, test_loader = accelerator.prepare(
-        model, optimizer, scheduler, loader, test_loader
-    )
+    model, optimizer, scheduler, test_loader = accelerator.prepare(model, optimizer, scheduler, test_loader)
+    if accelerator.process_index > 0:
+        # the processes see different images: noise and dropout are to differ, too
+        set_seed(args.seed + accelerator.process_index)
+    step, earlier_seconds = 0, 0.0
+    if checkpoint is not None:
+        step, earlier_seconds = checkpoint.step, go_on(accelerator, checkpoint, optimizer, scheduler)
     model.train()
-    batches, step, started = endless(loader), 0, time.perf_counter()
+    batches = endless(accelerator, dataset, args, start=step * args.grad_accumulation)
+    started = time.perf_counter() - earlier_seconds
     backward = backward_joint if args.task_pass == "joint" else backward_sequential
-    progress = tqdm(total=args.steps, desc=method, disable=not accelerator.is_local_main_process)
+    progress = tqdm(total=args.steps, initial=step, desc=method, disable=not accelerator.is_local_main_process)
     while step < args.steps:
         with accelerator.accumulate(model):
             losses = backward(accelerator, model, next(batches))
@@ -247,16 +289,25 @@ def train(accelerator: Accelerator, args: argparse.Namespace, method: str, data,
         accelerator.log({f"{method}/loss/{name}": loss for name, loss in losses.items()}, step=step)
         if method == "convlora" and args.report_to != "none":
             accelerator.log(usage_shares(accelerator.unwrap_model(model)), step=step)
-        if output_dir and (step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0)):
-            save_checkpoint(
-                accelerator, model, optimizer, scheduler, step, output_dir / "checkpoints" / f"step-{step}"
-            )
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             results = evaluate(accelerator, model, test_loader, tasks)
             accelerator.log({f"{method}/{t}/{m}": v for t, r in results.items() for m, v in r.items() if v is not None},
                             step=step)  # fmt: skip
             accelerator.print("\n" + table({f"step {step}": results}))
             model.train()
+        if step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0):
+            # the state of every process, written by one
+            state = {
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
+                "random": gather_object([random_state()]),
+                "seconds": time.perf_counter() - started,
+            }
+            if accelerator.is_main_process:
+                unwrapped = accelerator.unwrap_model(model)
+                save_checkpoint(folder, step, unwrapped, state, arguments, args.keep_checkpoints)
+            accelerator.wait_for_everyone()
     progress.close()
     seconds = time.perf_counter() - started
     results = evaluate(accelerator, model, test_loader, tasks)
@@ -272,13 +323,64 @@ def usage_shares(model) -> dict[str, float]:
     }
 
 
-def save_checkpoint(accelerator: Accelerator, model, optimizer, scheduler, step: int, directory: Path) -> None:
-    """The adapter and what training needs to go on; the base model is not written again."""
+# --- Resuming -------------------------------------------------------------------------------------------------------
+
+
+def run_arguments(accelerator: Accelerator, args: argparse.Namespace, data) -> dict:
+    """What a resumed run must have in common with the run that it goes on with."""
+    named = {f"--{name.replace('_', '-')}": v for name, v in vars(args).items() if name not in FREE_ARGUMENTS}
+    return {
+        **named,
+        "--tasks": list(data[2]),
+        "--mixed-precision": accelerator.mixed_precision,
+        "training rows": len(data[0]),
+        "test rows": len(data[1]),
+        "processes": accelerator.num_processes,
+    }
+
+
+def go_on(accelerator: Accelerator, checkpoint: Checkpoint, optimizer, scheduler) -> float:
+    """Take over a checkpoint's optimiser, schedule and random numbers: the seconds of training that it stands for."""
+    state = checkpoint.training_state()
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    set_random_state(state["random"][accelerator.process_index])
+    return state["seconds"]
+
+
+def train_baseline(accelerator: Accelerator, args: argparse.Namespace, data, arguments: dict):
+    """The results of decoder-only training; a resumed run does not do again what it had finished."""
+    arguments = {**arguments, "--method": "decoder"}
+    finished, folder = args.output_dir / "baseline.json", args.output_dir / "baseline_checkpoints"
+    if args.resume and finished.is_file():
+        saved = json.loads(finished.read_text())
+        check_arguments(saved["arguments"], arguments, finished)
+        results = saved["tasks"]
+    else:
+        checkpoint = find_checkpoint(args.resume and "latest", folder, arguments, accelerator.print)
+        results = train(accelerator, args, data, arguments, folder, checkpoint)[2]
+        if accelerator.is_main_process:
+            write_json(finished, {"arguments": arguments, "tasks": results})
     if accelerator.is_main_process:
-        pt.save_adapter(accelerator.unwrap_model(model), directory)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        torch.save({**state, "rng": torch.get_rng_state()}, directory / "training_state.pt")
-    accelerator.wait_for_everyone()
+        shutil.rmtree(folder, ignore_errors=True)
+    return results
+
+
+def start_anew(output_dir: Path) -> None:
+    """An earlier run's checkpoints must not be taken for those of a run that starts from the beginning."""
+    moved = set_aside(output_dir / "checkpoints")
+    if moved is not None:
+        print(f"the checkpoints of an earlier run are now in {moved}; --resume latest would have gone on from them")
+    shutil.rmtree(output_dir / "baseline_checkpoints", ignore_errors=True)
+    (output_dir / "baseline.json").unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write a file as a whole or not at all."""
+    with written_aside(path.parent) as aside:
+        (aside / path.name).write_text(json.dumps(values, indent=2) + "\n")
 
 
 # --- Evaluation -----------------------------------------------------------------------------------------------------
@@ -318,24 +420,35 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.grad_accumulation,
+        # every step has the same number of batches, also where an epoch ends
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.grad_accumulation, sync_with_dataloader=False),
         # padding the last batch would count its images twice in the metrics
         dataloader_config=DataLoaderConfiguration(even_batches=False, use_seedable_sampler=True),
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise NotImplementedError(
+            f"{accelerator.distributed_type.value} splits the weights over the processes, and this script saves whole ones: "
+            "choose plain data parallelism in accelerate's configuration; an adapter is small, and so is its optimiser"
+        )
     accelerator.init_trackers("peft_talora", config={k: str(v) for k, v in vars(args).items()})
     args.output_dir.mkdir(parents=True, exist_ok=True)
     image_size = args.image_size or load_sam(args.base).config.vision_config.image_size
     with accelerator.main_process_first():
         data = load_data(args, image_size)
 
+    if args.resume is None and accelerator.is_main_process:
+        start_anew(args.output_dir)
+    arguments, checkpoints = run_arguments(accelerator, args, data), args.output_dir / "checkpoints"
+    # first of all: nobody wants to hear of a wrong argument after the baseline
+    checkpoint = find_checkpoint(args.resume, checkpoints, arguments, accelerator.print)
     baseline = None
     if args.baseline == "train":
-        baseline = train(accelerator, args, "decoder", data, None)[2]
+        baseline = train_baseline(accelerator, args, data, arguments)
     elif args.baseline != "none":
         baseline = read_baseline(args.baseline)
-    model, processor, results, seconds = train(accelerator, args, args.method, data, args.output_dir)
+    model, processor, results, seconds = train(accelerator, args, data, arguments, checkpoints, checkpoint)
 
     if accelerator.is_main_process:
         pt.save_adapter(model, args.output_dir, metrics=results)
@@ -364,7 +477,7 @@ def report(args: argparse.Namespace, model, results, baseline, seconds: float) -
         "baseline": baseline,
         "delta_b": delta,
     }
-    (args.output_dir / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(args.output_dir / "metrics.json", summary)
     columns = {args.method: results} if baseline is None else {"baseline": baseline, args.method: results}
     print("\n" + table(columns))
     adapter = sum(number for name, number in trainable.items() if ".modules_to_save." not in name)

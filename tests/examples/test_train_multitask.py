@@ -1,73 +1,57 @@
 """The training script, on a tiny SAM for a few steps."""
 
-import json
 import math
-import sys
+from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import train_multitask as script
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from PIL import Image
 
 from peft_talora import MSamForMultiTask
-from peft_talora.data import Augmentation
+from peft_talora.data import Augmentation, MultiTaskDataset, collate
 
-ROOT = Path(__file__).parents[2]
-PHOTOS = ROOT.parent / "shared/data/real_photos"
-sys.path.insert(0, str(ROOT / "examples"))
-import train_multitask as script  # noqa: E402
+PHOTOS = Path(__file__).parents[3] / "shared/data/real_photos"
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture
-def base(sam_factory, tmp_path):
-    sam_factory().save_pretrained(tmp_path / "sam")
-    return str(tmp_path / "sam")
+def trainer(arguments):
+    """``trainer(*more)``: what `train` sets up, in float64: (model, four rows of a batch)."""
+
+    def build(*more):
+        args = script.parse_args(arguments("unused", *more))
+        rows, _, tasks = script.load_data(args, 32)
+        msam = script.pt.MSamForMultiTask.from_sam(args.base, tasks)
+        model = script.add_adapter(msam, args, args.method)
+        dataset = MultiTaskDataset(rows, tasks, script.pt.MSamProcessor.from_model(msam), Augmentation())
+        return model.double().train(), [dataset[index] for index in range(4)]
+
+    return build
 
 
-@pytest.fixture
-def scenes_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+def double_batch(rows):
+    batch = collate(rows)
+    return {**batch, "pixel_values": batch["pixel_values"].double()}
 
 
-def arguments(base, output, *more):
-    numbers = ["--num-train", "8", "--num-test", "3", "--steps", "2", "--batch-size", "4", "--rank", "4"]
-    return ["--base", base, "--output-dir", str(output), *numbers, *more]
-
-
-def run(base, output, *more):
-    script.main(arguments(base, output, *more))
-    return json.loads((Path(output) / "metrics.json").read_text())
-
-
-def trainer(base, *more):
-    """What `train` sets up: (accelerator, model, one batch)."""
-    args = script.parse_args(arguments(base, "unused", *more))
-    torch.manual_seed(0)
-    rows, _, tasks = script.load_data(args, 32)
-    msam = script.pt.MSamForMultiTask.from_sam(base, tasks)
-    model = script.add_adapter(msam, args, args.method)
-    loader = script.make_loader(rows, tasks, script.pt.MSamProcessor.from_model(msam), args, Augmentation())
-    batch = next(iter(loader))
-    batch["pixel_values"] = batch["pixel_values"].double()
-    return Accelerator(cpu=True), model.double().train(), batch
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("scenes_cache")
 class TestRuns:
     @pytest.mark.parametrize("method", script.METHODS)
-    def test_leaves_everything_and_the_adapter_loads_again(self, base, tmp_path, method):
+    def test_leaves_everything_and_the_adapter_loads_again(self, base, run, tmp_path, method):
         output = tmp_path / "run"
-        metrics = run(base, output, "--method", method, "--checkpoint-every", "1")
+        metrics = run(output, "--method", method, "--checkpoint-every", "1")
         assert (
             metrics["method"] == method
             and metrics["steps"] == 2
@@ -87,41 +71,113 @@ class TestRuns:
         for step in (1, 2):
             checkpoint = output / "checkpoints" / f"step-{step}"
             state = torch.load(checkpoint / "training_state.pt", weights_only=True)
-            assert state["step"] == step
+            assert state["scheduler"]["last_epoch"] == step
         last = MSamForMultiTask.from_adapter(checkpoint).eval()
         loaded = MSamForMultiTask.from_adapter(output, base_model=base).eval()
         pixels = torch.randn(1, 3, 32, 32)
         for task, logits in loaded(pixels).logits.items():
             torch.testing.assert_close(logits, last(pixels).logits[task])
 
-    def test_equal_seeds_give_equal_numbers_and_a_baseline_file_is_used(self, base, tmp_path):
-        first = run(base, tmp_path / "a", "--baseline", "none")
-        again = run(base, tmp_path / "b", "--baseline", str(tmp_path / "a/metrics.json"))
+    def test_equal_seeds_give_equal_numbers_and_a_baseline_file_is_used(self, run, tmp_path):
+        first = run(tmp_path / "a", "--baseline", "none")
+        again = run(tmp_path / "b", "--baseline", str(tmp_path / "a/metrics.json"))
         assert first["tasks"] == again["tasks"] == again["baseline"] and again["delta_b"] == 0.0
-        assert run(base, tmp_path / "c", "--baseline", "none", "--seed", "1")["tasks"] != first["tasks"]
+        assert run(tmp_path / "c", "--baseline", "none", "--seed", "1")["tasks"] != first["tasks"]
 
-    def test_sequential_passes_accumulation_checkpointing_and_evaluations(self, base, tmp_path):
+    def test_sequential_passes_accumulation_checkpointing_and_evaluations(self, run, tmp_path):
         options = ["--task-pass", "sequential", "--grad-accumulation", "2", "--gradient-checkpointing"]
-        metrics = run(base, tmp_path / "run", *options, "--eval-every", "1", "--tasks", "depth", "saliency", "edges")
+        metrics = run(tmp_path / "run", *options, "--eval-every", "1", "--tasks", "depth", "saliency", "edges")
         assert list(metrics["tasks"]) == ["depth", "saliency", "edges"]
 
-    def test_sequential_passes_give_the_gradients_of_the_joint_pass(self, base):
-        accelerator, model, batch = trainer(base)
-        gradients = []
+    def test_accumulated_sequential_passes_give_the_gradients_of_one_joint_pass(self, trainer):
+        model, rows = trainer()
+        joint = Accelerator(cpu=True)
+        losses = script.backward_joint(joint, model, double_batch(rows))
+        expected = gradients(model)
+        assert losses.keys() == {"semantic", "depth", "normals"}
+        assert any(gradient.abs().max() > 0 for name, gradient in expected.items() if "talora_U2" in name)
         for backward in (script.backward_joint, script.backward_sequential):
-            model.zero_grad()
-            losses = backward(accelerator, model, batch)
-            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        assert losses.keys() == {"semantic", "depth", "normals"} and gradients[0].keys() == gradients[1].keys()
-        assert any(gradient.abs().max() > 0 for name, gradient in gradients[0].items() if "talora_U2" in name)
-        for name, gradient in gradients[0].items():
-            torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-12)
+            for halves in (1, 2):
+                model.zero_grad()
+                plugin = GradientAccumulationPlugin(halves, sync_with_dataloader=False)
+                accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+                for part in range(halves):
+                    with accelerator.accumulate(model):
+                        backward(accelerator, model, double_batch(rows[part::halves]))
+                assert accelerator.sync_gradients
+                actual = gradients(model)
+                assert actual.keys() == expected.keys()
+                for name, gradient in expected.items():
+                    torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-12)
+
+    def test_bfloat16_runs_and_keeps_the_weights_in_float32(self, base, run, tmp_path):
+        metrics = run(tmp_path / "run", "--mixed-precision", "bf16", "--baseline", "none", "--method", "convlora")
+        assert all(math.isfinite(value) for task in metrics["tasks"].values() for value in task.values())
+        loaded = MSamForMultiTask.from_adapter(tmp_path / "run", base_model=base)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
     @pytest.mark.skipif(not PHOTOS.exists(), reason="the real photos (../shared/data) are not here")
-    def test_real_partly_labelled_photos(self, base, tmp_path):
-        metrics = run(base, tmp_path / "run", "--dataset", str(PHOTOS), "--baseline", "train")
+    def test_real_partly_labelled_photos(self, run, tmp_path):
+        metrics = run(tmp_path / "run", "--dataset", str(PHOTOS), "--baseline", "train")
         assert list(metrics["tasks"]) == ["semantic", "depth", "normals"]
         assert all(math.isfinite(value) for task in metrics["tasks"].values() for value in task.values())
+
+
+class CountingRows(torch.utils.data.Dataset):
+    """Rows that say which they are and in which epoch they were loaded."""
+
+    def __init__(self, number):
+        self.number, self.epoch, self.loaded = number, 0, 0
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        self.loaded += 1
+        return {"pixel_values": torch.tensor([self.epoch, index]), "labels": {}}
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+class TestDataOrder:
+    """Batches of eleven rows, of which every epoch leaves out some."""
+
+    def batches(self, count, size=2, processes=1, index=0, start=0, seed=3, rows=11):
+        dataset = CountingRows(rows)
+        accelerator = SimpleNamespace(num_processes=processes, process_index=index, device="cpu")
+        args = SimpleNamespace(batch_size=size, seed=seed, num_workers=0)
+        batches = islice(script.endless(accelerator, dataset, args, start), count)
+        return [batch["pixel_values"].tolist() for batch in batches], dataset
+
+    def test_every_epoch_has_every_row_at_most_once_and_an_order_of_its_own(self):
+        batches, _ = self.batches(15)
+        epochs = [list(chain(*batches[first : first + 5])) for first in (0, 5, 10)]
+        for number, epoch in enumerate(epochs):
+            rows = [row for _, row in epoch]
+            assert {e for e, _ in epoch} == {number} and len(set(rows)) == 10 and set(rows) <= set(range(11))
+        assert len({tuple(row for _, row in epoch) for epoch in epochs}) == 3
+        assert self.batches(15)[0] == batches != self.batches(15, seed=4)[0]
+
+    @pytest.mark.parametrize("start", [1, 4, 5, 7, 10, 14])
+    def test_starts_anywhere_without_loading_what_was_before(self, start):
+        batches, _ = self.batches(15)
+        state = torch.get_rng_state()
+        rest, dataset = self.batches(15 - start, start=start)
+        assert rest == batches[start:]
+        assert dataset.loaded == 2 * len(rest)
+        # whatever the model draws afterwards does not depend on how often an iterator was made
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_processes_share_the_batches_of_one(self):
+        whole, _ = self.batches(12, size=4)
+        parts = [self.batches(12, size=2, processes=2, index=index)[0] for index in (0, 1)]
+        assert [first + second for first, second in zip(*parts, strict=True)] == whole
+
+    def test_few_rows(self):
+        assert len(self.batches(1, size=8, rows=3)[0][0]) == 3
+        with pytest.raises(ValueError, match="1 rows to train on, too few for 2 processes"):
+            self.batches(1, processes=2, rows=1)
 
 
 def write_parquet(folder, rows):
@@ -133,35 +189,47 @@ def write_parquet(folder, rows):
 
 
 class TestBadInput:
-    def test_dataset_without_image(self, base, tmp_path):
+    def test_dataset_without_image(self, arguments, tmp_path):
         data = write_parquet(tmp_path / "data", [{"picture": 1, "depth": [[1.0]]}])
         with pytest.raises(ValueError, match=r"no column 'image'.*picture"):
-            script.main(arguments(base, tmp_path / "run", "--dataset", data))
+            script.main(arguments(tmp_path / "run", "--dataset", data))
 
-    def test_task_without_a_column(self, base, tmp_path):
+    def test_task_without_a_column(self, arguments, tmp_path):
         image = np.zeros((3, 8, 8), dtype=np.float32).tolist()
         data = write_parquet(tmp_path / "data", [{"image": image, "depth": [[[1.0] * 8] * 8]}])
         with pytest.raises(ValueError, match=r"task 'saliency' needs the column 'saliency'.*depth"):
-            script.main(arguments(base, tmp_path / "run", "--dataset", data, "--tasks", "depth", "saliency"))
+            script.main(arguments(tmp_path / "run", "--dataset", data, "--tasks", "depth", "saliency"))
 
-    def test_missing_checkpoint(self, tmp_path):
+    def test_missing_checkpoint(self, arguments, tmp_path):
         missing = str(tmp_path / "nowhere")
         with pytest.raises(FileNotFoundError, match="nowhere"):
-            script.main(arguments(missing, tmp_path / "run"))
+            script.main(arguments(tmp_path / "run", "--base", missing))
 
-    def test_missing_dataset(self, base, tmp_path):
+    def test_missing_dataset(self, arguments, tmp_path):
         with pytest.raises(FileNotFoundError, match="nothing-here"):
-            script.main(arguments(base, tmp_path / "run", "--dataset", str(tmp_path / "nothing-here")))
+            script.main(arguments(tmp_path / "run", "--dataset", str(tmp_path / "nothing-here")))
 
     @pytest.mark.parametrize(
-        "options", [["--steps", "0"], ["--baseline", "missing.json"], ["--method", "magic"], ["--batch-size", "-1"]]
+        "options",
+        [
+            ["--steps", "0"],
+            ["--baseline", "missing.json"],
+            ["--method", "magic"],
+            ["--batch-size", "-1"],
+            ["--keep-checkpoints", "0"],
+        ],
     )
-    def test_impossible_options(self, base, tmp_path, options, capsys):
+    def test_impossible_options(self, arguments, tmp_path, options, capsys):
         with pytest.raises(SystemExit):
-            script.main(arguments(base, tmp_path / "run", *options))
+            script.main(arguments(tmp_path / "run", *options))
         assert options[0] in capsys.readouterr().err
 
-    def test_baseline_that_is_no_metrics_file(self, base, tmp_path):
+    def test_split_weights(self, arguments, tmp_path, monkeypatch):
+        monkeypatch.setattr(script.Accelerator, "distributed_type", DistributedType.FSDP)
+        with pytest.raises(NotImplementedError, match="FSDP splits the weights"):
+            script.main(arguments(tmp_path / "run"))
+
+    def test_baseline_that_is_no_metrics_file(self, tmp_path):
         path = tmp_path / "other.json"
         path.write_text("[]")
         with pytest.raises(ValueError, match=r"other.json is no metrics.json"):
