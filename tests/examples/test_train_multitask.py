@@ -52,16 +52,8 @@ class TestRuns:
     def test_leaves_everything_and_the_adapter_loads_again(self, base, run, tmp_path, method):
         output = tmp_path / "run"
         metrics = run(output, "--method", method, "--checkpoint-every", "1")
-        assert (
-            metrics["method"] == method
-            and metrics["steps"] == 2
-            and list(metrics["tasks"])
-            == [
-                "semantic",
-                "depth",
-                "normals",
-            ]
-        )
+        assert metrics["method"] == method and metrics["steps"] == 2
+        assert list(metrics["tasks"]) == ["semantic", "depth", "normals"]
         values = [value for task in metrics["tasks"].values() for value in task.values()]
         assert all(math.isfinite(value) for value in values)
         assert (metrics["baseline"] is None) == (method == "decoder") == (metrics["delta_b"] is None)
@@ -88,6 +80,17 @@ class TestRuns:
         options = ["--task-pass", "sequential", "--grad-accumulation", "2", "--gradient-checkpointing"]
         metrics = run(tmp_path / "run", *options, "--eval-every", "1", "--tasks", "depth", "saliency", "edges")
         assert list(metrics["tasks"]) == ["depth", "saliency", "edges"]
+
+    def test_the_published_decoder_and_the_recipes_crops(self, base, run, tmp_path):
+        run(tmp_path / "run", "--channel-mode", "prompt", "--crop-scales", "1", "1.5", "--baseline", "none")
+        loaded = MSamForMultiTask.from_adapter(tmp_path / "run", base_model=base).get_base_model()
+        assert loaded.config.channel_mode == "prompt" and loaded.no_mask_embeds["normals"].weight.shape[0] == 3
+
+    def test_pushes_what_it_saved(self, run, tmp_path, monkeypatch):
+        pushed = []
+        monkeypatch.setattr(script.pt, "push_adapter", lambda model, hub_id, **more: pushed.append((hub_id, more)))
+        metrics = run(tmp_path / "run", "--baseline", "none", "--push-to-hub", "me/rooms")
+        assert pushed == [("me/rooms", {"metrics": metrics["tasks"], "dataset": "scenes"})]
 
     def test_accumulated_sequential_passes_give_the_gradients_of_one_joint_pass(self, trainer):
         model, rows = trainer()
@@ -186,6 +189,26 @@ def write_parquet(folder, rows):
     folder.mkdir()
     datasets.Dataset.from_list(rows).to_parquet(folder / "train-00000-of-00001.parquet")
     return str(folder)
+
+
+def test_each_group_climbs_in_its_own_time_and_all_fall():
+    groups = [{"params": [torch.zeros(1)], "lr": lr, "warmup": warmup} for lr, warmup in ((1.0, 0.05), (2.0, 0.4))]
+    optimizer = torch.optim.SGD(groups)
+    scheduler, rates = script.make_scheduler(optimizer, 100), []
+    for _ in range(101):
+        rates.append(scheduler.get_last_lr())
+        optimizer.step()
+        scheduler.step()
+    expected = {
+        0: (0, 0),
+        4: (0.8 * 0.96, 0.2 * 0.96),
+        5: (0.95, 0.25 * 0.95),
+        40: (0.6, 1.2),
+        70: (0.3, 0.6),
+        100: (0, 0),
+    }
+    for step, values in expected.items():
+        assert rates[step] == pytest.approx(values), step
 
 
 class TestBadInput:
