@@ -14,8 +14,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
+from small_models import move_saved_modules
 from torch import nn
 
 from peft_talora import (
@@ -70,12 +70,7 @@ def make(sam, make_config=talora, tasks=None, image_size=48, **changes):
     """A tuned mSAM in which everything that is saved differs from its SAM."""
     msam = MSamForMultiTask.from_sam(sam, tasks or TASKS, image_size=image_size)
     model = get_peft_model(msam, make_config(msam, **changes)).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                for parameter in module.modules_to_save.parameters():
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return move_saved_modules(model)
 
 
 @torch.no_grad()

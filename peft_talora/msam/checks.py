@@ -44,36 +44,29 @@ def check_inputs(config: MSamConfig, pixel_values: Any, image_embeddings: Any, t
     """The batch size of the one input that is given."""
     if sum(given is not None for given in (pixel_values, image_embeddings, trunk_states)) != 1:
         raise ValueError("Give exactly one of pixel_values, image_embeddings and trunk_states.")
-    vision = config.vision_config
+    vision, grid = config.vision_config, config.grid_size
     if pixel_values is not None:
-        expected = (vision.num_channels, vision.image_size, vision.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values must have the shape (batch, {', '.join(map(str, expected))}), got "
-                f"{tuple(pixel_values.shape)}. MSamProcessor brings images to that size."
-            )
-        return pixel_values.shape[0]
+        hint = " MSamProcessor brings images to that size."
+        return _checked_batch("pixel_values", pixel_values, (vision.num_channels, *[vision.image_size] * 2), hint)
     if trunk_states is not None:
-        expected = (config.grid_size, config.grid_size, vision.hidden_size)
-        if trunk_states.ndim != 4 or tuple(trunk_states.shape[1:]) != expected:
-            raise ValueError(
-                f"trunk_states must have the shape (batch, {', '.join(map(str, expected))}), got "
-                f"{tuple(trunk_states.shape)}."
-            )
-        return trunk_states.shape[0]
+        return _checked_batch("trunk_states", trunk_states, (grid, grid, vision.hidden_size))
     embeddings = image_embeddings if isinstance(image_embeddings, Mapping) else {"": image_embeddings}
     return _check_embeddings(config, embeddings)
 
 
+def _checked_batch(where: str, tensor: torch.Tensor, expected: tuple[int, ...], hint: str = "") -> int:
+    """The batch size of a tensor that must be (batch, *expected)."""
+    if tensor.ndim != 4 or tuple(tensor.shape[1:]) != expected:
+        raise ValueError(
+            f"{where} must have the shape (batch, {', '.join(map(str, expected))}), got {tuple(tensor.shape)}.{hint}"
+        )
+    return tensor.shape[0]
+
+
 def _check_embeddings(config: MSamConfig, embeddings: Mapping[str, torch.Tensor]) -> int:
-    grid = config.grid_size
-    expected = (config.vision_config.output_channels, grid, grid)
+    expected = (config.vision_config.output_channels, config.grid_size, config.grid_size)
     for name, embedding in embeddings.items():
-        if embedding.ndim != 4 or tuple(embedding.shape[1:]) != expected:
-            where = f"image_embeddings['{name}']" if name else "image_embeddings"
-            raise ValueError(
-                f"{where} must have the shape (batch, {', '.join(map(str, expected))}), got {tuple(embedding.shape)}."
-            )
+        _checked_batch(f"image_embeddings['{name}']" if name else "image_embeddings", embedding, expected)
     sizes = {name: embedding.shape[0] for name, embedding in embeddings.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"image_embeddings must have one batch size, got {sizes}.")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from small_models import label_maps
 
 from peft_talora import ConvLoraConfig, MSamForMultiTask, TALoraConfig, TaskSpec
 
@@ -20,14 +21,6 @@ def tuned(sam, **changes):
 
 def pixels(batch=2):
     return torch.randn(batch, 3, 32, 32, dtype=torch.float64)
-
-
-def label_maps(batch=2):
-    return {
-        "semantic": torch.randint(0, 3, (batch, 20, 20)),
-        "depth": 0.5 + torch.rand(batch, 1, 20, 20),
-        "normals": torch.randn(batch, 3, 20, 20),
-    }
 
 
 def gradients(model):

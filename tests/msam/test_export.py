@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.utils import ModulesToSaveWrapper
+from small_models import move_saved_modules
 from transformers import SamModel
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec, default_modules_to_save
@@ -19,12 +19,7 @@ def tuned(sam, image_size=None, lora=False):
         modules = default_modules_to_save(msam)
         config = LoraConfig(target_modules=["qkv"], init_lora_weights=False, modules_to_save=modules)
     model = get_peft_model(msam, config, autocast_adapter_dtype=False).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                for parameter in module.modules_to_save.parameters():
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return move_saved_modules(model)
 
 
 @torch.no_grad()

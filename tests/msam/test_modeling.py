@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
+from small_models import label_maps, move_saved_modules
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, SamModel
@@ -40,33 +41,14 @@ def make(sam, tasks=None, **kwargs):
     return MSamForMultiTask.from_sam(sam.double(), tasks or specs(), **kwargs)
 
 
-@torch.no_grad()
-def perturb(model):
-    """Move everything that is trained in full away from SAM's weights, differently for every task and channel."""
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            for parameter in module.modules_to_save.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-
-
 def tuned(sam, config=None, **changes):
     arguments = {"r_in": 4, "r_out": 3, "r_task": 2, "init_weights": False, **changes}
     model = get_peft_model(make(sam), config or TALoraConfig(**arguments), autocast_adapter_dtype=False)
-    perturb(model)
-    return model
+    return move_saved_modules(model)
 
 
 def images(batch=2, size=32):
     return torch.randn(batch, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def label_maps(batch=2, size=20):
-    generator = torch.Generator().manual_seed(2)
-    return {
-        "semantic": torch.randint(0, 3, (batch, size, size), generator=generator),
-        "depth": 0.5 + torch.rand(batch, 1, size, size, generator=generator),
-        "normals": torch.randn(batch, 3, size, size, generator=generator),
-    }
 
 
 @torch.no_grad()
@@ -621,7 +603,7 @@ class TestFiles:
     def test_save_and_load(self, sam, tmp_path, load):
         msam, pixels = make(sam, image_size=48), images(size=48)
         perturbed = get_peft_model(msam, TALoraConfig(r=2))  # so that decoders differ
-        perturb(perturbed)
+        move_saved_modules(perturbed)
         msam = perturbed.merge_and_unload()
         msam.save_pretrained(tmp_path)
         loaded = load(tmp_path, dtype=torch.float64)

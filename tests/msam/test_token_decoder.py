@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from peft.utils import ModulesToSaveWrapper
+from small_models import label_maps, move_saved_modules
 from torch.func import functional_call
 from transformers import SamModel
 from transformers.models.sam.modeling_sam import SamMaskDecoder
@@ -27,25 +27,11 @@ def make(sam, **kwargs):
 
 def tuned(sam, config=None):
     config = config or TALoraConfig(r=3, init_weights=False)
-    model = get_peft_model(make(sam), config, autocast_adapter_dtype=False).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                for parameter in module.modules_to_save.parameters():
-                    parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return move_saved_modules(get_peft_model(make(sam), config, autocast_adapter_dtype=False).eval())
 
 
 def images(batch=2):
     return torch.randn(batch, 3, 32, 32, dtype=torch.float64)
-
-
-def label_maps(batch=2):
-    return {
-        "semantic": torch.randint(0, 5, (batch, 20, 20)),
-        "depth": 0.5 + torch.rand(batch, 1, 20, 20),
-        "normals": torch.randn(batch, 3, 20, 20),
-    }
 
 
 def plain_decoder(decoder, weights, image_embeddings, position, no_mask):
@@ -131,7 +117,7 @@ class TestModel:
     def test_one_task_per_image(self, sam):
         model, pixels = tuned(sam), images(3)
         everything = model(pixels).logits
-        output = model(pixels, task_ids=["normals", "semantic", "normals"], labels=label_maps(3))
+        output = model(pixels, task_ids=["normals", "semantic", "normals"], labels=label_maps(3, num_classes=5))
         torch.testing.assert_close(output.logits["normals"], everything["normals"][[0, 2]], rtol=0, atol=1e-10)
         torch.testing.assert_close(output.logits["semantic"], everything["semantic"][[1]], rtol=0, atol=1e-10)
         assert output.logits["depth"].shape == (0, 1, 32, 32)
@@ -140,7 +126,10 @@ class TestModel:
 
     @pytest.mark.parametrize("config", [TALoraConfig(r=2), ConvLoraConfig()], ids=["talora", "convlora"])
     def test_training_parts_the_channels(self, sam, config):
-        model, batch = get_peft_model(make(sam), config, autocast_adapter_dtype=False).train(), label_maps()
+        model, batch = (
+            get_peft_model(make(sam), config, autocast_adapter_dtype=False).train(),
+            label_maps(num_classes=5),
+        )
         pixels = images()
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses = []
