@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import shutil
 import sys
 import time
@@ -53,7 +54,7 @@ WARMUP, ENCODER_WARMUP = 0.05, 0.4
 RANK = {"talora": 32, "convlora": 3, "lora": 32, "decoder": 1, "full": 1}
 # arguments that a resumed run may change: they do not change what is trained
 FREE_ARGUMENTS = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "eval_every", "baseline", "report_to",
-                  "num_workers", "gradient_checkpointing", "push_to_hub")  # fmt: skip
+                  "num_workers", "num_threads", "gradient_checkpointing", "push_to_hub")  # fmt: skip
 # the recipe's scale-crops on NYUv2; all scenes are seen by the same camera, so that there a crop is no help
 CROP_SCALES = (1.0, 1.2, 1.5)
 # the recipe's weights on NYUv2: the cosine loss of normals is small beside the others
@@ -84,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, help="side of the model's input in pixels; default: the base's own")
     add("--crop-scales", type=float, nargs="+",
         help="augmentation: crop to 1/scale of the image and enlarge; default: 1 for scenes, else 1 1.2 1.5")  # fmt: skip
-    add("--steps", type=int, default=250, help="optimiser steps")
+    add("--steps", type=int, default=240, help="optimiser steps")
     add("--batch-size", type=int, default=4, help="images per step and process")
     add("--grad-accumulation", type=int, default=1)
     add("--lr", type=float, help="learning rate of the adapter; default: the method's own")
@@ -95,6 +96,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--gradient-checkpointing", action="store_true")
+    add("--num-threads", type=int,
+        help="CPU threads of a process; default: torch's own, under accelerate launch its share of all cores")  # fmt: skip
     add("--num-workers", type=int, default=0, help="processes that load data")
     add("--output-dir", type=Path, default=Path("runs/multitask"))
     add("--checkpoint-every", type=int, help="steps between checkpoints; default: only the last step")
@@ -107,8 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--push-to-hub", metavar="ID", help="upload the adapter to this repository on the Hub")
     args = parser.parse_args(argv)
     args.rank = RANK[args.method] if args.rank is None else args.rank
-    for name in ("steps", "batch_size", "grad_accumulation", "rank", "num_train", "num_test", "keep_checkpoints"):
-        if getattr(args, name) < 1:
+    for name in ("steps", "batch_size", "grad_accumulation", "rank", "num_train", "num_test", "keep_checkpoints",
+                 "num_threads"):  # fmt: skip
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.crop_scales is None:
         args.crop_scales = [1.0] if args.dataset == "scenes" else list(CROP_SCALES)
@@ -441,6 +445,14 @@ def read_baseline(path: str) -> dict[str, dict[str, float | None]]:
         raise ValueError(f"--baseline {path} is no metrics.json of this script: {error!r}") from error
 
 
+def set_threads(accelerator: Accelerator, number: int | None) -> None:
+    """accelerate launch leaves a process one CPU thread unless it is told `--cpu`: give it its share of the cores."""
+    if number is None and "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.device.type == "cpu":
+        number = max(1, os.cpu_count() // accelerator.num_processes)
+    if number is not None:
+        torch.set_num_threads(number)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(
@@ -457,6 +469,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{accelerator.distributed_type.value} splits the weights over the processes, and this script saves whole ones: "
             "choose plain data parallelism in accelerate's configuration; an adapter is small, and so is its optimiser"
         )
+    set_threads(accelerator, args.num_threads)
     accelerator.init_trackers("peft_talora", config={k: str(v) for k, v in vars(args).items()})
     args.output_dir.mkdir(parents=True, exist_ok=True)
     image_size = args.image_size or load_sam(args.base).config.vision_config.image_size

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
 
+from .tiled_attention import tiled_attention
+
 # the flash kernels of GPUs want channels in multiples of it
 ALIGNMENT = 8
 
@@ -24,7 +26,8 @@ class LeanSamVisionAttention(SamVisionAttention):
 
         < (scale * q_i, h_i, w_i), (k_j, onehot(y'), onehot(x')) >
 
-    of H + W more channels, so that `scaled_dot_product_attention` needs no mask and its flash kernels apply.
+    of H + W more channels, so that `scaled_dot_product_attention` needs no mask and its flash kernels apply. The products are
+    larger then, which costs GPUs less than the N x N tensor and CPUs more: those go [`tile by tile`][tiled_attention].
     """
 
     def forward(
@@ -34,40 +37,51 @@ class LeanSamVisionAttention(SamVisionAttention):
         batch_size, height, width, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).reshape(batch_size, height * width, 3, self.num_attention_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        head_dim = query.shape[-1]
-        if self.use_rel_pos:
-            query, key = self._with_positions(query, key, height, width)
-            value = F.pad(value, (0, query.shape[-1] - head_dim))
-        else:
-            query = query * self.scale
         dropout = self.dropout if self.training and not isinstance(self, SamVisionSdpaAttention) else 0.0
-        output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)[..., :head_dim]
+        if not self.use_rel_pos:
+            output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
+        else:
+            rows, columns = self._position_logits(query, height, width)
+            if dropout == 0.0 and _prefers_tiles(query):
+                output = tiled_attention(query, key, value, rows, columns, self.scale)
+            else:
+                output = _attend_without_mask(query * self.scale, key, value, rows, columns, dropout)
         return self.proj(output.transpose(1, 2).reshape(batch_size, height, width, -1)), None
 
-    def _with_positions(
-        self, query: torch.Tensor, key: torch.Tensor, height: int, width: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both (B, heads, H W, c) -> (B, heads, H W, c + H + W, rounded up)."""
-        batch_size, num_heads, num_tokens, head_dim = query.shape
-        grid = query.reshape(batch_size, num_heads, height, width, head_dim)
+    def _position_logits(self, query: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """h (B, heads, H W, H) and w (B, heads, H W, W) of queries (B, heads, H W, c)."""
+        grid = query.unflatten(2, (height, width))
         rows = torch.einsum("bnhwc,hkc->bnhwk", grid, self.get_rel_pos(height, height, self.rel_pos_h))
         columns = torch.einsum("bnhwc,wkc->bnhwk", grid, self.get_rel_pos(width, width, self.rel_pos_w))
-        padding = -(head_dim + height + width) % ALIGNMENT
-        query = torch.cat(
-            [
-                query * self.scale,
-                rows.reshape(batch_size, num_heads, num_tokens, height),
-                columns.reshape(batch_size, num_heads, num_tokens, width),
-                query.new_zeros(()).expand(batch_size, num_heads, num_tokens, padding),
-            ],
-            dim=-1,
-        )
-        position = F.pad(one_hot_positions(height, width, key), (0, padding))
-        return query, torch.cat([key, position.expand(batch_size, num_heads, -1, -1)], dim=-1)
+        return rows.flatten(2, 3), columns.flatten(2, 3)
 
 
 class LeanSamVisionSdpaAttention(LeanSamVisionAttention, SamVisionSdpaAttention):
     """The same in the place of transformers' sdpa attention, which has no dropout."""
+
+
+def _prefers_tiles(query: torch.Tensor) -> bool:
+    # a compiler would unroll the tiles, and sums over tiles want more precision than bfloat16
+    wide = query.dtype in (torch.float32, torch.float64)
+    return query.device.type == "cpu" and wide and not torch.compiler.is_compiling()
+
+
+def _attend_without_mask(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    dropout: float,
+) -> torch.Tensor:
+    """Attention on c + H + W channels, rounded up; the query is scaled. Returns (B, heads, H W, c)."""
+    head_dim, height, width = query.shape[-1], rows.shape[-1], columns.shape[-1]
+    padding = -(head_dim + height + width) % ALIGNMENT
+    query = torch.cat([query, rows, columns, query.new_zeros(()).expand(*query.shape[:-1], padding)], dim=-1)
+    position = F.pad(one_hot_positions(height, width, key), (0, padding))
+    key = torch.cat([key, position.expand(*key.shape[:2], -1, -1)], dim=-1)
+    value = F.pad(value, (0, query.shape[-1] - head_dim))
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)[..., :head_dim]
 
 
 def one_hot_positions(height: int, width: int, like: torch.Tensor) -> torch.Tensor:

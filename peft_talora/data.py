@@ -8,41 +8,34 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .dataset_loading import load_multitask_dataset
 from .msam.labels import label_tensor, resize_label
 from .msam.processing import MSamProcessor, image_array
 from .msam.tasks import KINDS, Tasks, TaskSpec, parse_tasks
+from .task_columns import IGNORE_INDEX, IMAGE_COLUMN, TASK_COLUMNS, TaskColumn, task_column
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-IMAGE_COLUMN = "image"
-IGNORE_INDEX = 255
-
-
-class TaskColumn(NamedTuple):
-    """Where a task's labels are, and of what kind it is."""
-
-    column: str
-    kind: str
-
-
-TASK_COLUMNS: dict[str, TaskColumn] = {
-    "semantic": TaskColumn("segmentation", "semantic"),
-    "depth": TaskColumn("depth", "depth"),
-    "normals": TaskColumn("normal", "normals"),
-    "saliency": TaskColumn("saliency", "binary"),
-    "edges": TaskColumn("edge", "binary"),
-    "parts": TaskColumn("parts", "parts"),
-}
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_COLUMN",
+    "TASK_COLUMNS",
+    "Augmentation",
+    "MultiTaskDataset",
+    "TaskColumn",
+    "collate",
+    "detect_tasks",
+    "load_multitask_dataset",
+]
 
 
 @dataclass(frozen=True)
@@ -98,13 +91,14 @@ class MultiTaskDataset(torch.utils.data.Dataset):
 
     Args:
         dataset: Rows with an ``image`` and label columns.
-        tasks: The tasks to give labels of, as ``parse_tasks`` takes them, named as in [`TASK_COLUMNS`].
+        tasks: The tasks to give labels of, as ``parse_tasks`` takes them, named as in [`TASK_COLUMNS`] or as a column.
         processor: Gives the image size, the mean and the standard deviation.
         augment: Random changes, for training.
         seed: Seed of those, >= 0.
 
     Raises:
-        ValueError: If there is no image column, or a task is not in [`TASK_COLUMNS`], or of another kind than there.
+        ValueError: If there is no image column, a task is neither in [`TASK_COLUMNS`] nor a column, or it is of another
+            kind than there.
     """
 
     def __init__(
@@ -116,7 +110,7 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         seed: int = 0,
     ) -> None:
         self.tasks = parse_tasks(tasks)
-        _check_kinds(self.tasks)
+        _check_kinds(self.tasks, dataset.column_names)
         _check_image_column(dataset.column_names)
         self.processor = MSamProcessor(
             processor.image_size, self.tasks, image_mean=processor.image_mean, image_std=processor.image_std
@@ -124,7 +118,7 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         self.augment = augment
         self.seed = seed
         self.epoch = 0
-        self._columns = {name: TASK_COLUMNS[name].column for name in self.tasks}
+        self._columns = {name: task_column(name) for name in self.tasks}
         present = [column for column in self._columns.values() if column in dataset.column_names]
         self._rows = _array_rows(dataset.select_columns([IMAGE_COLUMN, *present]))
 
@@ -180,7 +174,8 @@ def detect_tasks(
     """The tasks that a dataset has labels for.
 
     Args:
-        dataset: One dataset, or its splits; a column of any split counts.
+        dataset: One dataset, or its splits; a column of any split counts. Splits that know their tasks, those of a
+            folder, are asked instead.
         names: The tasks wanted, in this order; default: all that have a column.
         class_names: ``{task: names of its classes}`` where they are known. Otherwise the number of classes is the
             largest label + 1 over all rows; negative labels and 255 are unlabelled.
@@ -192,6 +187,9 @@ def detect_tasks(
         ValueError: If there is no image column, or a task is unknown or has no column; the message names the columns
             there are.
     """
+    declared = getattr(dataset, "tasks", None)
+    if declared is not None:
+        return _declared_tasks(declared, names, class_names or {})
     splits = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
     for split in splits:
         _check_image_column(split.column_names)
@@ -204,53 +202,17 @@ def detect_tasks(
     return {name: _detect_task(name, splits, columns, (class_names or {}).get(name)) for name in names}
 
 
-def load_multitask_dataset(name_or_path: str | Path) -> DatasetDict:
-    """Load a dataset with a "train" split.
-
-    Args:
-        name_or_path: A folder of parquet files (split by file names such as ``train-*.parquet``), one that
-            `save_to_disk` wrote, or a dataset of the Hub.
-
-    Returns:
-        Its splits.
-
-    Raises:
-        FileNotFoundError: If it is no folder, and no dataset that can be had from the Hub.
-        ValueError: If the folder has no data, or there is no "train" split.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        splits = _load_folder(path)
-    elif path.exists() or path.is_absolute() or len(path.parts) > 2 or str(name_or_path).startswith((".", "~")):
-        problem = "is a file, expected a folder of parquet files" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"dataset folder {str(path)!r} {problem}")
-    else:
-        splits = _load_from_hub(str(name_or_path))
-    if "train" not in splits:
-        raise ValueError(f"dataset {str(name_or_path)!r} has no split 'train', only {list(splits)}")
-    return splits
-
-
-def _load_folder(path: Path) -> DatasetDict:
-    import datasets
-
-    if (path / "dataset_dict.json").exists():
-        return datasets.load_from_disk(str(path))
-    if (path / "state.json").exists():
-        return datasets.DatasetDict(train=datasets.load_from_disk(str(path)))
-    if not any(path.rglob("*.parquet")):
-        raise ValueError(f"dataset folder {str(path)!r} has no parquet file")
-    return datasets.load_dataset(str(path))
-
-
-def _load_from_hub(name: str) -> DatasetDict:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name)
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        message = f"dataset {name!r} is no local folder (looked in {str(Path.cwd())!r}), and the Hub does not give it"
-        raise FileNotFoundError(f"{message}: {error}") from error
+def _declared_tasks(
+    declared: Mapping[str, TaskSpec], names: Sequence[str] | None, class_names: Mapping[str, Sequence[str]]
+) -> dict[str, TaskSpec]:
+    unknown = [name for name in names or [] if name not in declared]
+    if unknown:
+        raise ValueError(f"unknown task {unknown[0]!r}, the dataset's description has {list(declared)}")
+    tasks = {name: replace(declared[name]) for name in (declared if names is None else names)}
+    for name, spec in tasks.items():
+        if name in class_names:
+            tasks[name] = replace(spec, num_channels=len(class_names[name]), class_names=list(class_names[name]))
+    return tasks
 
 
 def _detect_task(
@@ -287,6 +249,9 @@ def _class_maps(split: Dataset, column: str) -> Iterator[np.ndarray]:
 
 def _array_rows(dataset: Dataset) -> Dataset:
     """The dataset with numbers as numpy arrays and images as PIL images (whose mode says how to make them RGB)."""
+    if dataset.format["type"] == "custom":
+        # rows that read their own files
+        return dataset
     images = [name for name, feature in dataset.features.items() if type(feature).__name__ == "Image"]
     arrays = [name for name in dataset.column_names if name not in images]
     if not arrays:
@@ -309,11 +274,13 @@ def _check_image_column(columns: Sequence[str]) -> None:
         raise ValueError(f"the dataset has no column {IMAGE_COLUMN!r}, only {list(columns)}")
 
 
-def _check_kinds(tasks: Mapping[str, TaskSpec]) -> None:
+def _check_kinds(tasks: Mapping[str, TaskSpec], columns: Sequence[str]) -> None:
     for name, spec in tasks.items():
-        if name not in TASK_COLUMNS:
-            raise ValueError(f"unknown task {name!r}, expected one of {list(TASK_COLUMNS)}")
-        if spec.kind != TASK_COLUMNS[name].kind:
+        if name not in TASK_COLUMNS and name not in columns:
+            raise ValueError(
+                f"unknown task {name!r}, expected one of {list(TASK_COLUMNS)} or of the columns {columns}"
+            )
+        if name in TASK_COLUMNS and spec.kind != TASK_COLUMNS[name].kind:
             raise ValueError(f"task {name!r} is of the kind {TASK_COLUMNS[name].kind!r}, got {spec.kind!r}")
 
 

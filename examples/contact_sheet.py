@@ -1,0 +1,147 @@
+"""Predictions of several pictures side by side, with what the colours mean below them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten
+
+import matplotlib
+import numpy as np
+
+from peft_talora import TaskSpec
+from peft_talora.drawing import draw, palette
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
+
+COLUMN_INCHES, LEGEND_LINE_INCHES, DPI = 2.6, 0.15, 110
+MAX_CLASSES = 24
+
+
+def value_range(spec: TaskSpec, maps: Sequence[np.ndarray]) -> tuple[float, float] | None:
+    """One colour scale for several maps of depth or values: from their 2nd to their 98th percentile.
+
+    Few stray pixels would make everything else one colour. None for kinds whose colours have a fixed meaning.
+    """
+    if spec.kind not in ("depth", "regression"):
+        return None
+    values = np.concatenate([values.ravel() for values in maps])
+    values = values[np.isfinite(values) & (values > 0)] if spec.kind == "depth" else values[np.isfinite(values)]
+    if not values.size:
+        return None
+    low, high = (float(value) for value in np.percentile(values, [2, 98]))
+    return low, max(high, low + 1e-6)
+
+
+def save_sheet(
+    rows: Sequence[tuple[str, np.ndarray, Mapping[str, np.ndarray]]],
+    tasks: Mapping[str, TaskSpec],
+    path: Path,
+    ranges: Mapping[str, tuple[float, float] | None] | None = None,
+) -> None:
+    """Draw one row per picture: the picture and its maps, and below each column a legend.
+
+    Args:
+        rows: (title, uint8 (H, W, 3), {task: map}) of each picture; the maps may be smaller than it.
+        tasks: The tasks, in the order of the columns.
+        path: The PNG.
+        ranges: {task: colour scale}; default: one that all rows share.
+    """
+    if ranges is None:
+        ranges = {name: value_range(spec, [maps[name] for _, _, maps in rows]) for name, spec in tasks.items()}
+    heights = [COLUMN_INCHES * image.shape[0] / image.shape[1] for _, image, _ in rows]
+    shown = {name: _classes_shown(spec, [maps[name] for *_, maps in rows]) for name, spec in tasks.items()}
+    legend = max([0.55, *(LEGEND_LINE_INCHES * (min(len(ids), MAX_CLASSES + 1) + 1) for ids in shown.values())])
+    if any(spec.kind == "normals" for spec in tasks.values()):
+        legend = max(legend, 1.1)
+    size = (COLUMN_INCHES * (len(tasks) + 1), sum(heights) + 0.22 * len(rows) + legend + 0.2)
+    figure, axes = plt.subplots(
+        len(rows) + 1, len(tasks) + 1, figsize=size, squeeze=False, layout="constrained",
+        gridspec_kw={"height_ratios": [*heights, legend]},
+    )  # fmt: skip
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    for line, (title, image, maps) in zip(axes, rows, strict=False):
+        _show(line[0], image, shorten(title, 34, placeholder="...") if " " in title else title[-34:])
+        for axis, (name, spec) in zip(line[1:], tasks.items(), strict=True):
+            _show(axis, draw(spec, maps[name], ranges[name]), name)
+    axes[-1, 0].set_axis_off()
+    for axis, (name, spec) in zip(axes[-1, 1:], tasks.items(), strict=True):
+        _draw_legend(axis, spec, shown[name], ranges[name])
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def _show(axis, picture: np.ndarray, title: str) -> None:
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_title(title, fontsize=8, pad=2)
+    # a frame, since a map may be as white as the page
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(color="0.6", linewidth=0.5)
+
+
+def _classes_shown(spec: TaskSpec, maps: Sequence[np.ndarray]) -> list[int]:
+    """The classes that are seen, the most frequent first."""
+    if not spec.task_kind.has_classes:
+        return []
+    counts = sum(np.bincount(values.ravel(), minlength=spec.num_channels) for values in maps)
+    return [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+
+
+def _draw_legend(axis, spec: TaskSpec, classes: list[int], value_range: tuple[float, float] | None) -> None:
+    axis.set_axis_off()
+    if spec.task_kind.has_classes:
+        _class_legend(axis, spec, classes)
+    elif spec.kind == "normals":
+        _normals_legend(axis)
+    elif spec.kind == "binary":
+        _bar(axis, spec, (0.0, 1.0), "probability")
+    elif value_range is not None and (spec.kind == "depth" or spec.num_channels == 1):
+        _bar(axis, spec, value_range, "metres" if spec.kind == "depth" else "value")
+
+
+def _class_legend(axis, spec: TaskSpec, classes: list[int]) -> None:
+    names = spec.class_names or [f"class {index}" for index in range(spec.num_channels)]
+    colors = palette(spec.num_channels) / 255
+    patches = [
+        Patch(facecolor=colors[i], edgecolor="0.4", linewidth=0.5, label=names[i]) for i in classes[:MAX_CLASSES]
+    ]
+    if len(classes) > MAX_CLASSES:
+        patches.append(Patch(facecolor="none", label=f"and {len(classes) - MAX_CLASSES} more"))
+    axis.legend(
+        handles=patches, loc="upper left", fontsize=7, frameon=False, borderaxespad=0, labelspacing=0.3,
+        handlelength=1.2, ncols=2 if len(patches) > 4 and max(len(patch.get_label()) for patch in patches) < 20 else 1,
+    )  # fmt: skip
+
+
+def _bar(axis, spec: TaskSpec, limits: tuple[float, float], label: str) -> None:
+    steps = np.linspace(*limits, 256)[None]
+    inset = axis.inset_axes((0.04, 0.0, 0.92, 1.0))
+    inset.set_anchor("N")
+    inset.imshow(
+        draw(spec, steps, limits), extent=(*limits, 0, 0.06 * (limits[1] - limits[0])), interpolation="bilinear"
+    )
+    inset.set_yticks([])
+    inset.tick_params(labelsize=7, length=2, pad=1)
+    inset.set_xlabel(label, fontsize=7, labelpad=1)
+
+
+def _normals_legend(axis) -> None:
+    """A ball, seen from the camera: the colour of every direction that can be seen."""
+    x, y = np.meshgrid(np.linspace(-1.05, 1.05, 128), np.linspace(-1.05, 1.05, 128))
+    depth = 1 - x**2 - y**2
+    normals = np.where(depth > 0, np.stack([x, y, -np.sqrt(np.maximum(depth, 0))]), 0.0)
+    ball = draw(TaskSpec("normals"), normals)
+    ball = np.where((depth > 0)[..., None], ball, 255)
+    inset = axis.inset_axes((0.0, 0.14, 1.0, 0.72))
+    inset.imshow(ball)
+    inset.set_axis_off()
+    for place, text in (
+        ((0.5, 1.02), "faces up"),
+        ((0.5, -0.14), "down"),
+        ((-0.28, 0.45), "left"),
+        ((1.06, 0.45), "right"),
+    ):
+        inset.text(*place, text, transform=inset.transAxes, fontsize=7, ha="center" if place[0] == 0.5 else "left")

@@ -1,0 +1,188 @@
+"""The prediction script, on a tiny SAM with adapters whose decoders were moved at random."""
+
+import numpy as np
+import predict as script
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from small_models import move_saved_modules
+
+import peft_talora as pt
+
+SEMANTIC = {"semantic": pt.TaskSpec("semantic", 3, class_names=["floor", "wall", "chair"])}
+TASKS = {
+    **SEMANTIC,
+    "depth": pt.TaskSpec("depth"),
+    "normals": pt.TaskSpec("normals"),
+    "saliency": pt.TaskSpec("binary"),
+}
+
+
+def make_adapter(base, directory, tasks):
+    msam = pt.MSamForMultiTask.from_sam(base, tasks, channel_mode="token")
+    pt.save_adapter(move_saved_modules(get_peft_model(msam, pt.TALoraConfig(r=4))), directory)
+    return str(directory)
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    return make_adapter(base, tmp_path / "first", TASKS)
+
+
+def picture(height=20, width=28, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(picture()).save(path)
+    return path
+
+
+@pytest.fixture
+def no_sheets(monkeypatch):
+    """Sheets are slow to draw."""
+    monkeypatch.setattr(script, "save_sheet", lambda rows, specs, path, ranges=None: path.write_bytes(b""))
+
+
+def arrays(folder):
+    return {file.stem: np.load(file)[file.stem] for file in folder.glob("*.npz")}
+
+
+def test_arrays_are_the_models_own_predictions(adapter, photo, tmp_path):
+    output = tmp_path / "out"
+    assert script.main([str(photo), "--adapter", adapter, "--output-dir", str(output), "--device", "cpu"]) == 0
+    model = pt.MSamForMultiTask.from_adapter(adapter).eval()
+    with torch.no_grad():
+        batch = pt.MSamProcessor.from_model(model)(picture())
+        expected = model.get_base_model().post_process(model(batch["pixel_values"]), [(20, 28)])[0]
+    found = arrays(output / "photo")
+    assert set(found) == set(TASKS)
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name].numpy(), atol=1e-5, err_msg=name)
+    assert {name: (values.dtype.name, values.shape) for name, values in found.items()} == {
+        "semantic": ("uint8", (20, 28)),
+        "depth": ("float32", (20, 28)),
+        "normals": ("float32", (3, 20, 28)),
+        "saliency": ("float32", (20, 28)),
+    }
+    names = {f"{task}{end}" for task in TASKS for end in (".png", "_overlay.png", ".npz")} | {"overview.png"}
+    assert {path.name for path in (output / "photo").iterdir()} == names
+    colours = np.array(Image.open(output / "photo/semantic.png"))
+    assert (colours == script.draw(TASKS["semantic"], found["semantic"])).all()
+    shown = np.array(Image.open(output / "photo/semantic_overlay.png"))
+    assert np.abs(shown - (picture() / 2 + colours / 2)).max() <= 0.5
+    assert Image.open(output / "contact_sheet.png").size[0] > 1000
+
+
+@pytest.mark.usefixtures("no_sheets")
+class TestRuns:
+    def test_a_batch_gives_what_single_pictures_give(self, adapter, tmp_path):
+        folder = tmp_path / "pictures"
+        for index, size in enumerate([(20, 28), (31, 17), (12, 12)]):
+            (folder / "deep").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(*size, seed=index)).save(folder / ("deep" if index else ".") / f"p{index}.png")
+        outputs = [tmp_path / "one", tmp_path / "three"]
+        for output, size in zip(outputs, ("1", "3"), strict=True):
+            command = [str(folder), "--adapter", adapter, "--output-dir", str(output), "--batch-size", size]
+            assert script.main([*command, "--tasks", "depth", "semantic"]) == 0
+        for name in ("p0", "deep/p1", "deep/p2"):
+            first, second = (arrays(output / name) for output in outputs)
+            assert set(first) == {"depth", "semantic"}
+            np.testing.assert_allclose(first["depth"], second["depth"], atol=1e-5)
+            assert (first["semantic"] == second["semantic"]).mean() > 0.99
+
+    def test_several_adapters_on_a_base_that_is_read_once(self, adapter, base, photo, tmp_path, monkeypatch):
+        other = make_adapter(base, tmp_path / "second", {"edges": pt.TaskSpec("binary")})
+        script.load_base.cache_clear()
+        reads = []
+        monkeypatch.setattr(script, "load_sam", lambda name: reads.append(name) or pt.msam.loading.load_sam(name))
+        output = tmp_path / "out"
+        command = [str(photo), "--adapter", adapter, "--adapter", f"mine={other}", "--output-dir", str(output)]
+        assert script.main(command) == 0
+        assert reads == [base]
+        assert set(arrays(output / "first/photo")) == set(TASKS) and set(arrays(output / "mine/photo")) == {"edges"}
+        assert (output / "mine/contact_sheet.png").exists()
+
+    def test_unreadable_pictures_are_named_and_skipped(self, adapter, photo, tmp_path, capsys):
+        broken, output = tmp_path / "broken.jpg", tmp_path / "out"
+        broken.write_bytes(photo.read_bytes()[:100])
+        command = ["--adapter", adapter, "--output-dir", str(output)]
+        assert script.main([str(broken), str(photo), str(tmp_path / "gone.png"), *command]) == 1
+        errors = capsys.readouterr().err
+        assert str(broken) in errors and "gone.png" in errors
+        assert {path.name for path in output.iterdir()} == {"photo", "contact_sheet.png"}
+        assert script.main([str(broken), *command]) == 2
+
+    def test_its_own_output_is_no_input(self, adapter, photo, tmp_path):
+        command = [
+            str(photo.parent),
+            "--adapter",
+            adapter,
+            "--output-dir",
+            str(photo.parent / "out"),
+            "--tasks",
+            "depth",
+        ]
+        assert script.main(command) == script.main(command) == 0
+        assert {path.name for path in (photo.parent / "out").iterdir()} == {"photo", "contact_sheet.png"}
+
+    def test_a_killed_run_leaves_no_part_of_a_picture(self, adapter, photo, tmp_path, monkeypatch):
+        def killed(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(np, "savez_compressed", killed)
+        with pytest.raises(KeyboardInterrupt):
+            script.main([str(photo), "--adapter", adapter, "--output-dir", str(tmp_path / "out")])
+        assert not (tmp_path / "out/photo").exists()
+
+
+def test_wrong_arguments(adapter, photo, tmp_path, capsys):
+    def message(*arguments):
+        try:
+            code = script.main([*map(str, arguments), "--output-dir", str(tmp_path / "out")])
+        except SystemExit as end:
+            code = end.code
+        assert code == 2
+        return capsys.readouterr().err
+
+    assert "no adapter has ['flow']" in message(photo, "--adapter", adapter, "--tasks", "depth", "flow")
+    assert "there is no folder" in message(photo, "--adapter", tmp_path / "nothing")
+    assert "there is no picture" in message(tmp_path / "first", "--adapter", adapter)
+    assert "--batch-size must be at least 1, got 0" in message(photo, "--batch-size", 0)
+    assert "both called 'first'" in message(photo, "--adapter", adapter, "--adapter", adapter)
+    assert "--device" in message(photo, "--device", "abacus")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_one_name_get_folders_of_their_own(tmp_path):
+    files = [
+        tmp_path / "a/x.png",
+        tmp_path / "b/x.png",
+        tmp_path / "b/x.jpg",
+        tmp_path / "b/y.JPG",
+        tmp_path / "b/y.txt",
+    ]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    found = script.find_pictures([files[0], tmp_path / "b", files[0]], tmp_path / "out")
+    assert found == {"x": files[0], "x-2": files[2], "x-3": files[1], "y": files[3]}
+
+
+def test_a_mask_is_painted_where_it_is():
+    spec, image = pt.TaskSpec("binary"), picture(2, 2)
+    values = np.array([[0.0, 1.0], [0.0, 0.0]], dtype=np.float32)
+    shown = script.overlay(spec, image, values, np.zeros_like(image))
+    assert (shown[1] == image[1]).all() and (shown[0, 0] == image[0, 0]).all()
+    np.testing.assert_allclose(shown[0, 1], 0.35 * image[0, 1] + 0.65 * script.MASK_COLOR, atol=0.51)
+
+
+def test_colour_scales_leave_stray_pixels_out():
+    depth = np.linspace(1, 2, 1000)
+    depth[0], depth[1] = 1e6, 0.0
+    low, high = script.value_range(pt.TaskSpec("depth"), [depth])
+    assert 1 < low < 1.05 and 1.95 < high < 2
+    assert script.value_range(SEMANTIC["semantic"], [depth]) is None
