@@ -223,7 +223,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, total: int) -> LambdaLR:
     """Linear decay over `total` steps, times each group's own linear warm-up."""
 
     def factor(step: int, warmup: float) -> float:
-        return min(1.0, step / max(1, round(warmup * total))) * (1 - step / total)
+        # not rounded to whole steps: `total` counts every process's, and their number must not matter
+        return min(1.0, step / max(1, warmup * total)) * (1 - step / total)
 
     return LambdaLR(optimizer, [functools.partial(factor, warmup=group["warmup"]) for group in optimizer.param_groups])
 

@@ -95,7 +95,9 @@ def assert_close(output, expected):
     moved = [name for name in actual if "talora_U2" in name]
     assert moved and all(actual[name].abs().max() > 1e-3 for name in moved)
     for name, weight in expected.items():
-        torch.testing.assert_close(actual[name], weight, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            actual[name], weight, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_weights_that_fsdp_split_are_gathered_and_saved(base, tmp_path):
