@@ -19,7 +19,7 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, col
     """softmax(scale <q_i, k_j> + rows_i[y'] + columns_i[x']) v, with key j at row y' and column x' of the grid.
 
     Logits are there for one tile at a time, in backward too, where they are computed again. A CPU's time goes into the
-    products, and here they are as small as they can be.
+    products, and here they are as small as they can be. There is no second derivative.
 
     Args:
         query, key, value: (B, heads, H W, c).

@@ -39,8 +39,9 @@ def encode(model, images, **kwargs):
 
 @pytest.mark.parametrize("kind", [SamVisionAttention, SamVisionSdpaAttention])
 @pytest.mark.parametrize(("window_size", "grid"), [(0, 8), (3, 3)], ids=["global", "window"])
-@pytest.mark.parametrize("positions", [True, False])
-def test_values_and_gradients(sam, kind, window_size, grid, positions):
+@pytest.mark.parametrize(("positions", "tiles"), [(True, True), (True, False), (False, False)])
+def test_values_and_gradients(sam, kind, window_size, grid, positions, tiles, monkeypatch):
+    monkeypatch.setattr("peft_talora.attention._prefers_tiles", lambda query: tiles)
     module = attention(sam, kind, window_size, use_rel_pos=positions)
     hidden = torch.randn(2, grid, grid, 16, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn(2, grid, grid, 16, dtype=torch.float64)

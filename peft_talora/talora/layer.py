@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checkpointing import in_backward
+from ..convlora.thin import add_product
 from ..mixed_batch import by_sample, samples_of
 from ..routing import TaskRouter
 from ..tuner_layer import PluginLayer
@@ -193,7 +194,8 @@ class TALoraLinear(nn.Module, TALoraLayer):
         result_dtype = result.dtype
         for adapter_name in self.active_adapters:
             if adapter_name in self.talora_G:
-                result = result + self._update(adapter_name, x, self.task_router.task_of(adapter_name))
+                hidden = self._hidden(adapter_name, x, self.task_router.task_of(adapter_name))
+                result = add_product(result, hidden, self._padded_U2(adapter_name))
         return result.to(result_dtype)
 
     def _add_mixed_adapters(
@@ -206,20 +208,18 @@ class TALoraLinear(nn.Module, TALoraLayer):
             task = self.task_router.task_of(adapter_name)
             if isinstance(task, torch.Tensor):
                 task = task.to(x.device)[samples]
-            update = self._update(adapter_name, inputs[samples].flatten(0, 1), task)
+            hidden = self._hidden(adapter_name, inputs[samples].flatten(0, 1), task)
+            update = F.linear(hidden, self._padded_U2(adapter_name))
             outputs = outputs.index_add(0, samples, by_sample(update, len(samples)).to(outputs.dtype))
         return outputs.reshape(result.shape)
 
-    def _update(self, adapter_name: str, x: torch.Tensor, task: int | torch.Tensor) -> torch.Tensor:
-        """dW_t x, for the task of the whole batch or the task of each sample."""
+    def _hidden(self, adapter_name: str, x: torch.Tensor, task: int | torch.Tensor) -> torch.Tensor:
+        """dW_t x before U2, (rows, ..., q), for the task of the whole batch or the task of each sample."""
         self._check_replay(adapter_name)
         x = self.talora_dropout[adapter_name](self._cast_input_dtype(x, self.talora_U1[adapter_name].dtype))
-        U2 = self._padded_U2(adapter_name)
         if isinstance(task, int):
-            hidden = x @ (self.talora_U1[adapter_name] @ self._core(adapter_name, task))
-        else:
-            hidden = self._mixed_hidden(adapter_name, x, task.to(x.device))
-        return F.linear(hidden, U2)
+            return x @ (self.talora_U1[adapter_name] @ self._core(adapter_name, task))
+        return self._mixed_hidden(adapter_name, x, task.to(x.device))
 
     def _core(self, adapter_name: str, task: int | torch.Tensor) -> torch.Tensor:
         """s M_t: (p, q) for one task, (B, p, q) for one task per sample."""
