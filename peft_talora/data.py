@@ -159,10 +159,21 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``pixel_values`` (B, 3, S, S) and ``labels`` {task: (B, S, S) or (B, C, S, S)}.
+
+    Raises:
+        ValueError: A row has no labels of a task that another one has.
     """
+    names = dict.fromkeys(name for row in rows for name in row["labels"])
+    for number, row in enumerate(rows):
+        for name in names:
+            if name not in row["labels"]:
+                raise ValueError(
+                    f"row {number} of the batch has no labels of '{name}', others have: a row needs a map for every task, "
+                    "for what is unlabelled one of 255 (classes, masks) or 0 (depth, normals)"
+                )
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": {name: torch.stack([row["labels"][name] for row in rows]) for name in rows[0]["labels"]},
+        "labels": {name: torch.stack([row["labels"][name] for row in rows]) for name in names},
     }
 
 

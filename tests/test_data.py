@@ -269,3 +269,11 @@ def test_real_photos():
     assert labelled["depth"] == labelled["normals"] == [False, False, True, True]
     normals = batch["labels"]["normals"].norm(dim=1)
     assert ((normals - 1).abs().lt(1e-4) | normals.eq(0)).all()
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [1, 0]])
+def test_collate_names_the_row_without_labels(rows):
+    pixels = torch.zeros(3, 8, 8)
+    labels = [{"depth": torch.ones(1, 8, 8)}, {}]
+    with pytest.raises(ValueError, match=f"row {rows.index(1)} of the batch has no labels of 'depth'"):
+        collate([{"pixel_values": pixels, "labels": labels[row]} for row in rows])
