@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import SamModel
 
 from .adapter_checks import adapter_tensors, check_weights, saved_tensors
@@ -48,9 +49,11 @@ def save_adapter(
 
     Raises:
         TypeError: The model is not around an `MSamForMultiTask`.
+        ValueError: The model has one adapter on top of another, or `metrics` has another form.
         FileExistsError: `directory` is a file.
     """
     msam = _msam_of(model)
+    _check_metrics(metrics)
     directory = Path(directory)
     with written_aside(directory) as aside:
         _save_active(model, aside)
@@ -123,7 +126,22 @@ def _msam_of(model: PeftModel) -> MSamForMultiTask:
             f"{'one around ' if isinstance(model, PeftModel) else ''}a {type(base).__name__}; use its save_pretrained or "
             "push_to_hub."
         )
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(module.base_layer, BaseTunerLayer):
+            raise ValueError(
+                f"'{name}' has one adapter on top of another ({type(module).__name__} on "
+                f"{type(module.base_layer).__name__}), which could not be loaded again: unload or merge the first one, or "
+                "start from a fresh MSamForMultiTask.from_sam(...)."
+            )
     return base
+
+
+def _check_metrics(metrics: dict[str, Any] | None) -> None:
+    if metrics is not None and not all(isinstance(values, dict) for values in metrics.values()):
+        raise ValueError(
+            "`metrics` must be {task: {metric: value}}, such as {'depth': {'abs_err': 0.3}}, got "
+            f"{metrics!r}; of a metrics.json that is its entry 'tasks'."
+        )
 
 
 def _save_active(model: PeftModel, directory: Path) -> None:

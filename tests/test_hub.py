@@ -247,6 +247,20 @@ class TestSaveAdapter:
         msam = MSamForMultiTask.from_sam(sam, TASKS, image_size=48)
         assert_same(predict(PeftModel.from_pretrained(msam, path), pixels), predict(second, pixels))
 
+    def test_one_adapter_on_top_of_another(self, sam, tmp_path):
+        msam = make(sam).get_base_model()
+        with pytest.warns(UserWarning):
+            model = get_peft_model(msam, lora(msam))
+        with pytest.raises(ValueError, match=r"qkv' has one adapter on top of another \(Linear on TALoraLinear\)"):
+            save_adapter(model, tmp_path / "adapter")
+        assert not (tmp_path / "adapter").exists()
+
+    @pytest.mark.parametrize("metrics", [{"miou": 0.3}, {"method": "talora", "tasks": {}}])
+    def test_metrics_of_another_form(self, sam, tmp_path, metrics):
+        with pytest.raises(ValueError, match=r"`metrics` must be \{task: \{metric: value\}\}"):
+            save_adapter(make(sam), tmp_path / "adapter", metrics=metrics)
+        assert not (tmp_path / "adapter").exists()
+
     def test_what_is_no_msam(self, sam, tmp_path):
         model = get_peft_model(sam, TALoraConfig(tasks=["a"], r=2))
         with pytest.raises(TypeError, match="one around a SamModel"):
