@@ -28,9 +28,17 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import peft_talora as pt
-from peft_talora.data import Augmentation, MultiTaskDataset, collate, detect_tasks, load_multitask_dataset
+from peft_talora.data import (
+    TASK_COLUMNS,
+    Augmentation,
+    MultiTaskDataset,
+    collate,
+    detect_tasks,
+    load_multitask_dataset,
+)
 from peft_talora.files import written_aside
 from peft_talora.metrics import HIGHER_IS_BETTER, MultiTaskMetrics
+from peft_talora.msam.labels import label_tensor
 from peft_talora.msam.loading import load_sam
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -55,7 +63,7 @@ RANK = {"talora": 32, "convlora": 3, "lora": 32, "decoder": 1, "full": 1}
 # arguments that a resumed run may change: they do not change what is trained
 FREE_ARGUMENTS = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "eval_every", "baseline", "report_to",
                   "num_workers", "num_threads", "gradient_checkpointing", "push_to_hub")  # fmt: skip
-# the recipe's scale-crops on NYUv2; all scenes are seen by the same camera, so that there a crop is no help
+# the recipe's scale-crops on NYUv2; train and test scenes are drawn alike, and crops would only take them apart
 CROP_SCALES = (1.0, 1.2, 1.5)
 # the recipe's weights on NYUv2: the cosine loss of normals is small beside the others
 TASK_WEIGHTS = {"normals": 4.0}
@@ -82,6 +90,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="all tasks in one forward, or one after the other with less memory")  # fmt: skip
     add("--channel-mode", choices=("token", "prompt"), default="token",
         help="one decoder pass per task, or the published one per output channel")  # fmt: skip
+    add("--one-task-each", nargs="+", metavar="TASK",
+        help="partly labelled data: image i keeps its labels of one of these tasks, the next one in turn")  # fmt: skip
+    add("--evaluate-on", choices=("test", "validation"), default="test", help="the split that is evaluated")
     add("--image-size", type=int, help="side of the model's input in pixels; default: the base's own")
     add("--crop-scales", type=float, nargs="+",
         help="augmentation: crop to 1/scale of the image and enlarge; default: 1 for scenes, else 1 1.2 1.5")  # fmt: skip
@@ -120,6 +131,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.base = str(Path(__file__).parent / "tiny_sam")
     if args.baseline is None:
         args.baseline = "train" if args.dataset == "scenes" and args.method != "decoder" else "none"
+    for name in args.one_task_each or []:
+        if name not in TASK_COLUMNS:
+            parser.error(f"--one-task-each: unknown task {name!r}, expected some of {list(TASK_COLUMNS)}")
     if args.baseline not in ("train", "none") and not Path(args.baseline).is_file():
         parser.error(f"--baseline: there is no file {args.baseline}")
     return args
@@ -129,24 +143,51 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_data(args: argparse.Namespace, image_size: int):
-    """Rows to train on, rows to test on, and the tasks."""
+    """Rows to train on, rows to evaluate on, and the tasks."""
     if args.dataset == "scenes":
         from scenes import CLASSES, load_scenes
 
         splits = {name: load_scenes(name, num, size=image_size, seed=0) for name, num in
-                  (("train", args.num_train), ("test", args.num_test))}  # fmt: skip
+                  (("train", args.num_train), (args.evaluate_on, args.num_test))}  # fmt: skip
         tasks = detect_tasks(splits["train"], args.tasks or ["semantic", "depth", "normals"], {"semantic": CLASSES})
     else:
         splits = load_multitask_dataset(args.dataset)
         tasks = detect_tasks(splits, args.tasks)
-    test = next((splits[name] for name in ("test", "validation", "val") if name in splits), None)
+    choices = ("test", "validation", "val") if args.evaluate_on == "test" else ("validation", "val")
+    test = next((splits[name] for name in choices if name in splits), None)
     if test is None:
-        print("The dataset has no test split: the evaluation is on the images it is trained on.")
+        print(f"The dataset has no {args.evaluate_on} split: the evaluation is on the images it is trained on.")
         test = splits["train"]
     total = sum(TASK_WEIGHTS.get(name, 1.0) for name in tasks)
     for name, spec in tasks.items():
         spec.weight = TASK_WEIGHTS.get(name, 1.0) / total
     return splits["train"], test, tasks
+
+
+class OneTaskEach(MultiTaskDataset):
+    """Images that are labelled for one task each: number i for the task `names[i % len(names)]`.
+
+    Those whose task is not wanted have no label and are left out.
+    """
+
+    def __init__(self, rows, tasks, processor, *, names: list[str], **options):
+        labelled = {index: names[index % len(names)] for index in range(len(rows))}
+        self.labelled = [(index, name) for index, name in labelled.items() if name in tasks]
+        super().__init__(rows.select([index for index, _ in self.labelled]), tasks, processor, **options)
+
+    def __getitem__(self, index: int) -> dict:
+        item = super().__getitem__(index)
+        for name, label in item["labels"].items():
+            if name != self.labelled[index][1]:
+                item["labels"][name] = label_tensor(name, self.tasks[name], None, label.shape[-2:])
+        return item
+
+
+def make_training_set(rows, tasks, processor: pt.MSamProcessor, args: argparse.Namespace) -> MultiTaskDataset:
+    options = {"augment": Augmentation(scales=tuple(args.crop_scales)), "seed": args.seed}
+    if not args.one_task_each:
+        return MultiTaskDataset(rows, tasks, processor, **options)
+    return OneTaskEach(rows, tasks, processor, names=args.one_task_each, **options)
 
 
 def make_loader(dataset: MultiTaskDataset, args: argparse.Namespace, **batches) -> DataLoader:
@@ -233,25 +274,46 @@ def make_scheduler(optimizer: torch.optim.Optimizer, total: int) -> LambdaLR:
 
 
 def backward_joint(accelerator: Accelerator, model, batch) -> dict[str, float]:
-    """All tasks in one forward."""
-    output = model(**batch)
+    """All tasks in one forward; where every image is labelled for one task, an encoder pass per image will do."""
+    specs = accelerator.unwrap_model(model).get_base_model().task_specs
+    output = model(**batch, task_ids=only_labelled_tasks(specs, batch["labels"]))
     accelerator.backward(output.loss)
     return {name: loss.item() for name, loss in output.losses.items()}
 
 
+def only_labelled_tasks(specs, labels) -> torch.Tensor | None:
+    """(B,) The one task that each image has labels for; None where one has more, or none."""
+    if len(specs) == 1:
+        return None
+    known = [spec.task_kind.labelled(labels[name], spec.ignore_index) for name, spec in specs.items()]
+    labelled = torch.stack([pixels.flatten(1).any(1) for pixels in known], dim=1).int()
+    return labelled.argmax(1) if (labelled.sum(1) == 1).all() else None
+
+
 def backward_sequential(accelerator: Accelerator, model, batch) -> dict[str, float]:
-    """One task after the other: the same gradients, with the memory of one task."""
-    specs = accelerator.unwrap_model(model).get_base_model().task_specs
-    losses = {}
+    """One task after the other: the same gradients, with the memory of one task.
+
+    What the tasks share goes forward once, and backward once with the sum of what they ask of it.
+    """
+    msam, losses = accelerator.unwrap_model(model).get_base_model(), {}
     # the passes use different decoders, so that gradients are averaged over the processes by hand afterwards;
     # accelerate's no_sync does nothing where torchrun started one process only, and yet the model is wrapped
     with getattr(model, "no_sync", contextlib.nullcontext)():
-        for name in specs:
-            output = model(pixel_values=batch["pixel_values"], tasks=[name], labels=batch["labels"])
-            # the auxiliary loss belongs to the step, not to every pass
-            is_last = len(losses) == len(specs) - 1
-            accelerator.backward(output.loss if is_last else specs[name].weight * output.losses[name])
+        with accelerator.autocast():
+            trunk = msam.encode_trunk(batch["pixel_values"])
+        # of this forward: the next one replaces it
+        auxiliary = pt.auxiliary_loss(msam)
+        shared = trunk.detach().requires_grad_(trunk.requires_grad)
+        for name, spec in msam.task_specs.items():
+            output = model(trunk_states=shared, tasks=[name], labels=batch["labels"])
+            accelerator.backward(spec.weight * output.losses[name])
             losses[name] = output.losses[name].item()
+        # scaled as accelerator.backward scales the tasks' losses
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        scale = torch.full_like(auxiliary, scale / accelerator.gradient_accumulation_steps)
+        roots = [(root, grad) for root, grad in ((trunk, shared.grad), (auxiliary, scale)) if root.requires_grad]
+        if roots:
+            torch.autograd.backward(*zip(*roots, strict=True))
     if accelerator.num_processes > 1 and accelerator.sync_gradients:
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -284,8 +346,7 @@ def train(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     processor = pt.MSamProcessor.from_model(msam)
-    augment = Augmentation(scales=tuple(args.crop_scales))
-    dataset = MultiTaskDataset(train_rows, tasks, processor, augment=augment, seed=args.seed)
+    dataset = make_training_set(train_rows, tasks, processor, args)
     test_dataset = MultiTaskDataset(test_rows, tasks, processor)
     test_loader = make_loader(test_dataset, args, batch_size=min(args.batch_size, len(test_dataset)))
     optimizer = make_optimizer(model, args, method)
@@ -461,7 +522,7 @@ def main(argv: list[str] | None = None) -> None:
         # every step has the same number of batches, also where an epoch ends
         gradient_accumulation_plugin=GradientAccumulationPlugin(args.grad_accumulation, sync_with_dataloader=False),
         # padding the last batch would count its images twice in the metrics
-        dataloader_config=DataLoaderConfiguration(even_batches=False, use_seedable_sampler=True),
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from PIL import Image
 
 from peft_talora import MSamForMultiTask
-from peft_talora.data import Augmentation, MultiTaskDataset, collate
+from peft_talora.data import MultiTaskDataset, collate
 
 PHOTOS = Path(__file__).parents[3] / "shared/data/real_photos"
 
@@ -30,7 +30,7 @@ def trainer(arguments):
         rows, _, tasks = script.load_data(args, 32)
         msam = script.pt.MSamForMultiTask.from_sam(args.base, tasks)
         model = script.add_adapter(msam, args, args.method)
-        dataset = MultiTaskDataset(rows, tasks, script.pt.MSamProcessor.from_model(msam), Augmentation())
+        dataset = script.make_training_set(rows, tasks, script.pt.MSamProcessor.from_model(msam), args)
         return model.double().train(), [dataset[index] for index in range(4)]
 
     return build
@@ -112,6 +112,56 @@ class TestRuns:
                 assert actual.keys() == expected.keys()
                 for name, gradient in expected.items():
                     torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("method", script.METHODS)
+    def test_sequential_passes_share_a_trunk_exactly(self, trainer, method, monkeypatch):
+        model, rows = trainer("--method", method)
+        accelerator, passes = Accelerator(cpu=True), []
+        trunk = model.get_base_model().encode_trunk
+        monkeypatch.setattr(model.get_base_model(), "encode_trunk", lambda pixels: passes.append(1) or trunk(pixels))
+        actual = {}
+        for backward in (script.backward_joint, script.backward_sequential):
+            model.zero_grad()
+            # Conv-LoRA's noise
+            torch.manual_seed(0)
+            backward(accelerator, model, double_batch(rows))
+            actual[backward] = gradients(model)
+        assert len(passes) == 1
+        expected, sequential = actual.values()
+        assert sequential.keys() == expected.keys() and any(gradient.abs().max() > 0 for gradient in expected.values())
+        for name, gradient in expected.items():
+            torch.testing.assert_close(sequential[name], gradient, rtol=1e-9, atol=1e-12)
+
+    def test_one_label_each_takes_one_encoder_pass_each(self, trainer, monkeypatch):
+        names = ["semantic", "depth", "normals"]
+        model, rows = trainer("--one-task-each", *names)
+        labelled = [[spec.task_kind.labelled(row["labels"][name][None], 255).any().item()
+                     for name, spec in model.get_base_model().task_specs.items()] for row in rows]  # fmt: skip
+        assert labelled == [[index % 3 == task for task in range(3)] for index in range(4)]
+        accelerator, batch, actual = Accelerator(cpu=True), double_batch(rows), []
+        for ids in (torch.tensor([0, 1, 2, 0]), None):
+            model.zero_grad()
+            found = script.only_labelled_tasks(model.get_base_model().task_specs, batch["labels"])
+            assert torch.equal(found, torch.tensor([0, 1, 2, 0]))
+            monkeypatch.setattr(script, "only_labelled_tasks", lambda specs, labels, ids=ids: ids)
+            losses = script.backward_joint(accelerator, model, batch)
+            monkeypatch.undo()
+            actual.append((losses, gradients(model)))
+        assert actual[0][0] == pytest.approx(actual[1][0]) and actual[0][1].keys() == actual[1][1].keys()
+        for name, gradient in actual[0][1].items():
+            torch.testing.assert_close(gradient, actual[1][1][name], rtol=1e-9, atol=1e-12)
+
+    def test_images_without_a_wanted_label_are_left_out(self, arguments):
+        args = script.parse_args(arguments("unused", "--num-train", "9", "--tasks", "depth"))
+        rows, _, tasks = script.load_data(args, 32)
+        processor = script.pt.MSamProcessor(32, tasks)
+        everything = MultiTaskDataset(rows, tasks, processor)
+        some = script.OneTaskEach(rows, tasks, processor, names=["semantic", "depth"])
+        assert len(some) == 4
+        for index, row in enumerate((1, 3, 5, 7)):
+            for key in ("pixel_values", "original_size"):
+                assert torch.equal(some[index][key], everything[row][key])
+            assert torch.equal(some[index]["labels"]["depth"], everything[row]["labels"]["depth"])
 
     def test_bfloat16_runs_and_keeps_the_weights_in_float32(self, base, run, tmp_path):
         metrics = run(tmp_path / "run", "--mixed-precision", "bf16", "--baseline", "none", "--method", "convlora")
@@ -240,6 +290,7 @@ class TestBadInput:
             ["--method", "magic"],
             ["--batch-size", "-1"],
             ["--keep-checkpoints", "0"],
+            ["--one-task-each", "semantic", "deepth"],
         ],
     )
     def test_impossible_options(self, arguments, tmp_path, options, capsys):
