@@ -1,0 +1,157 @@
+"""A comparison as Markdown and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft_talora.metrics import HIGHER_IS_BETTER
+
+from .plan import BASELINE, METHODS, RATE_FACTORS, Amount, Entry
+from .results import Result, mean_and_spread, of, paired_differences
+
+# how many decimals tell methods apart
+DECIMALS = {"mean_angle": 2, "median_angle": 2}
+
+
+def markdown(results: Sequence[Result], rates: Mapping[str, float], tuned: Sequence[Mapping]) -> str:
+    """Everything that was found, as tables."""
+    amounts = list(dict.fromkeys(result.amount for result in results))
+    parts = []
+    if amounts:
+        parts += [f"## {amounts[0]}", metrics_table(results, amounts[0]), differences(results, amounts[0])]
+    if len(amounts) > 1:
+        parts += ["## Delta_b for other amounts of data", amounts_table(results, amounts)]
+        parts += [f"### {amount}\n\n{differences(results, amount)}" for amount in amounts[1:]]
+    if tuned:
+        parts += ["## Learning rates that were tried", rates_table(rates, tuned)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def metrics_table(results: Sequence[Result], amount: Amount) -> str:
+    """A row per method: every metric of every task, Delta_b, and what it costs."""
+    entries = [entry for entry in entries_of(results) if of(results, entry, amount)]
+    metrics = [
+        (task, metric) for task, values in of(results, entries[0], amount)[0].tasks.items() for metric in values
+    ]
+    titles = [f"{task}: {metric} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}" for task, metric in metrics]
+    lines = [row(["method", *titles, "Delta_b, %", "trained parameters", "adapter, MB", "s per step"])]
+    lines.append(row(["---"] * (len(titles) + 5)))
+    for entry in entries:
+        own = of(results, entry, amount)
+        cells = [entry.label]
+        for task, metric in metrics:
+            cells.append(spread([result.tasks[task][metric] for result in own], DECIMALS.get(metric, 3)))
+        cells += [delta(own), f"{own[0].trainable_parameters:,}", f"{own[0].adapter_bytes / 1e6:.1f}",
+                  f"{mean_and_spread([result.seconds_per_step for result in own])[0]:.2f}"]  # fmt: skip
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def amounts_table(results: Sequence[Result], amounts: Sequence[Amount]) -> str:
+    """A row per method, a column per amount of data: Delta_b over the baseline with the same data."""
+    lines = [row(["method", *map(str, amounts)]), row(["---"] * (len(amounts) + 1))]
+    for entry in entries_of(results):
+        lines.append(row([entry.label, *(delta(of(results, entry, amount)) for amount in amounts)]))
+    return "\n".join(lines)
+
+
+def differences(results: Sequence[Result], amount: Amount) -> str:
+    """TA-LoRA against the other methods, seed by seed."""
+    lines = []
+    for other in entries_of(results):
+        found = paired_differences(results, Entry("talora"), other, amount)
+        if other.name not in (BASELINE, "talora") and found:
+            seeds = ", ".join(f"{value:+.1f}" for value in found)
+            lines.append(f"- TA-LoRA's Delta_b minus that of {other.label}: {spread(found, 1, '+')} ({seeds})")
+    return "\n".join(lines)
+
+
+def rates_table(rates: Mapping[str, float], tuned: Sequence[Mapping]) -> str:
+    """What the validation split said of every learning rate, the chosen one in bold."""
+    lines = [row(["method", *(f"{factor:g} x default" for factor in RATE_FACTORS)]), row(["---"] * 4)]
+    for name in dict.fromkeys(trial["method"] for trial in tuned):
+        cells = [METHODS[name].label]
+        for trial in (trial for trial in tuned if trial["method"] == name):
+            gain = "-" if trial["delta_b"] is None else f"{trial['delta_b']:+.1f} %"
+            text = f"{trial['rate']:g}: {gain}"
+            cells.append(f"**{text}**" if trial["rate"] == rates.get(name) else text)
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def entries_of(results: Sequence[Result]) -> list[Entry]:
+    return list(dict.fromkeys(result.entry for result in results))
+
+
+def delta(results: Sequence[Result]) -> str:
+    return spread([result.delta_b for result in results], 1, "+")
+
+
+def spread(values: Sequence[float | None], decimals: int, sign: str = "") -> str:
+    """ "mean ± standard deviation", the mean alone of one seed."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean, deviation = mean_and_spread(known)
+    text = f"{mean:{sign}.{decimals}f}"
+    return text if len(known) == 1 else f"{text} ± {deviation:.{decimals}f}"
+
+
+def row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Delta_b against the number of trained parameters and, with several amounts of data, against that."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    amounts = list(dict.fromkeys(result.amount for result in results))
+    numbers = [amount for amount in amounts if not amount.one_task_each]
+    panels = 1 + (len(numbers) > 1)
+    figure, axes = pyplot.subplots(1, panels, figsize=(6.4 * panels, 4.4), squeeze=False)
+    colors = {name: f"C{index}" for index, name in enumerate(METHODS)}
+    draw_parameters(axes[0, 0], results, amounts[0], colors)
+    if panels == 2:
+        draw_amounts(axes[0, 1], results, sorted(numbers, key=lambda amount: amount.images), colors)
+    for axis in axes[0]:
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_ylabel("Delta_b over decoders only, %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_parameters(axis, results: Sequence[Result], amount: Amount, colors: Mapping[str, str]) -> None:
+    for name in METHODS:
+        places = []
+        for entry in entries_of(results):
+            own = [result for result in of(results, entry, amount) if result.delta_b is not None]
+            if entry.name == name and own:
+                places.append((own[0].trainable_parameters, *mean_and_spread([r.delta_b for r in own])))
+        if places:
+            x, y, error = zip(*sorted(places), strict=True)
+            axis.errorbar(x, y, error, marker="o", capsize=3, color=colors[name], label=METHODS[name].label)
+    axis.set_xscale("log")
+    axis.set_xlabel("trained parameters")
+    axis.set_title(str(amount), fontsize=10)
+
+
+def draw_amounts(axis, results: Sequence[Result], amounts: Sequence[Amount], colors: Mapping[str, str]) -> None:
+    for entry in entries_of(results):
+        places = []
+        for amount in amounts:
+            gains = [result.delta_b for result in of(results, entry, amount) if result.delta_b is not None]
+            if gains:
+                places.append((amount.images, *mean_and_spread(gains)))
+        if len(places) > 1 and entry.rank is None and entry.name != BASELINE:
+            x, y, error = zip(*places, strict=True)
+            axis.errorbar(x, y, error, marker="o", capsize=3, color=colors[entry.name], label=entry.label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([amount.images for amount in amounts], [str(amount.images) for amount in amounts])
+    axis.set_xlabel("images to train on")

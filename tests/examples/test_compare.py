@@ -1,0 +1,234 @@
+"""The comparison of methods: which runs it makes, and what it says of their numbers."""
+
+import json
+import statistics
+
+import compare as script
+import pytest
+from comparison.jobs import Job, run_all
+from comparison.plan import METHODS, RATE_FACTORS, Amount, Entry, Plan, matching_ranks
+from comparison.results import mean_and_spread, paired_differences, read_result
+
+import peft_talora as pt
+
+TASKS = ("depth", "normals")
+
+
+def option(job, name):
+    return job.arguments[job.arguments.index(name) + 1]
+
+
+def fake_metrics(arguments):
+    """Numbers that follow from the arguments: half of the default rate's error at the best rate."""
+    job = Job(None, tuple(arguments))
+    method, seed = option(job, "--method"), int(option(job, "--seed"))
+    name = "--decoder-lr" if method == "decoder" else "--lr"
+    best = {"decoder": 4e-4, "lora": 5e-3, "talora": 0.013, "convlora": 8e-4, "full": 3e-4}[method]
+    gain = {"decoder": 0.0, "lora": 0.1, "talora": 0.2, "convlora": 0.05, "full": 0.3}[method]
+    error = 1.0 - gain - 0.01 * seed * (method == "talora") + 0.1 * (float(option(job, name)) != best)
+    tasks = job.arguments[job.arguments.index("--tasks") + 1 :]
+    values = {"depth": {"abs_err": error}, "normals": {"mean_angle": 10 * error}}
+    return {
+        "tasks": {task: values[task] for task in tasks},
+        "trainable_parameters": 100,
+        "adapter_bytes": 400,
+        "train_seconds": 6.0,
+        "steps": 3,
+    }
+
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """Runs that only write their numbers; gives the list of those that were made."""
+    made = []
+
+    def run(job, threads):
+        made.append(job)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "arguments.json").write_text(json.dumps(job.arguments))
+        (job.folder / "metrics.json").write_text(json.dumps(fake_metrics(job.arguments)))
+        return job.result()
+
+    monkeypatch.setattr(Job, "run", run)
+    return made
+
+
+@pytest.fixture
+def command(base, tmp_path):
+    return ["--base", base, "--output-dir", str(tmp_path / "out"), "--tasks", *TASKS, "--seeds", "3", "4"]
+
+
+def read(tmp_path):
+    return json.loads((tmp_path / "out/comparison.json").read_text())
+
+
+class TestPlan:
+    plan = Plan("out", TASKS, {"talora": 4})
+
+    def test_every_number_has_a_folder_of_its_own(self, tmp_path):
+        plan, folders = Plan(tmp_path, TASKS, {}), []
+        for entry in (*map(Entry, METHODS), Entry("talora", 8), Entry("lora", 8)):
+            for rate in (1e-3, 1e-4):
+                for amount in (Amount(16), Amount(64), Amount(16, one_task_each=True)):
+                    for seed, split in ((0, "test"), (1, "test"), (0, "validation")):
+                        folders += [
+                            j.folder for j in plan.jobs(entry, {entry.name: rate}, amount, seed, split).values()
+                        ]
+        # one LoRA per task has two
+        assert len(folders) == len(set(folders)) == (8 + 1) * 2 * 3 * 3
+
+    def test_arguments(self, tmp_path):
+        plan = Plan(tmp_path, TASKS, {"talora": 4}, ("--steps", "7"))
+        rates = {"decoder": 0.02, "talora": 0.03, "full": 0.04, "lora_per_task": 0.05}
+        (job,) = plan.jobs(Entry("talora"), rates, Amount(16, one_task_each=True), 5, "validation").values()
+        expected = {"--method": "talora", "--seed": "5", "--num-train": "16", "--evaluate-on": "validation", "--steps": "7",
+                    "--decoder-lr": "0.02", "--lr": "0.03", "--rank": "4", "--one-task-each": "depth", "--tasks": "depth"}  # fmt: skip
+        assert {name: option(job, name) for name in expected} == expected
+        assert job.arguments[-2:] == TASKS
+        (job,) = plan.jobs(Entry("full"), rates, Amount(16), 5).values()
+        assert option(job, "--lr") == option(job, "--norm-lr") == "0.04" and "--rank" not in job.arguments
+        (job,) = plan.jobs(Entry("talora", 8), rates, Amount(16), 5).values()
+        assert option(job, "--rank") == "8"
+        parts = plan.jobs(Entry("lora_per_task"), rates, Amount(16), 5)
+        assert [(task, job.arguments[-2:]) for task, job in parts.items()] == [(t, ("--tasks", t)) for t in TASKS]
+
+    def test_ranks_with_as_many_parameters(self, base):
+        # two layers of 32 -> 96: LoRA has 128 r, TA-LoRA 128 r + r r 4 and 4 for each task
+        config = pt.msam.loading.load_sam(base).config.vision_config
+        width = config.hidden_size
+        talora = 4 * width * 16 + 16 * 16 * 4 + 3 * 4
+        ranks = matching_ranks(base, 16, ("a", "b", "c"))
+        assert ranks == {
+            "talora": 16,
+            "lora": round(talora / (4 * width)),
+            "lora_per_task": round(talora / (4 * width) / 3),
+        }
+
+    @pytest.mark.parametrize("text", ["magic", "talora:0", "talora:x", "talora:"])
+    def test_impossible_methods(self, text, capsys):
+        with pytest.raises(SystemExit):
+            script.parse_args(["--methods", text])
+        assert text.partition(":")[0] in capsys.readouterr().err
+
+    @pytest.mark.parametrize("argument", ["--seed", "--lr", "--method", "--evaluate-on"])
+    def test_what_is_varied_cannot_be_given(self, argument, capsys):
+        with pytest.raises(SystemExit):
+            script.parse_args([argument, "1"])
+        assert f"{argument} is what this script varies" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_runs")
+class TestComparison:
+    def test_the_best_rate_of_every_method_is_taken(self, command, tmp_path):
+        assert script.main(command) == 0
+        found = read(tmp_path)
+        assert found["rates"] == {
+            "decoder": 4e-4, "lora": 5e-3, "lora_per_task": 5e-3, "talora": 0.013, "convlora": 8e-4, "full": 3e-4,
+        }  # fmt: skip
+        assert len(found["tuning"]) == len(METHODS) * len(RATE_FACTORS)
+        # 0.8 + 0.1 of the default against the baseline's 1.0 + 0.1
+        gains = {(trial["method"], trial["rate"]): trial["delta_b"] for trial in found["tuning"]}
+        assert gains["decoder", 1e-3] == 0 and gains["decoder", 4e-4] == pytest.approx(100 * 0.1 / 1.1)
+        assert gains["talora", 0.013] == pytest.approx(100 * (1.0 - 0.77))
+        assert gains["talora", 5e-3] == pytest.approx(100 * (1.0 - 0.87))
+
+    def test_numbers_of_the_table(self, command, tmp_path):
+        script.main(command)
+        results = {(r["method"], r["seed"]): r for r in read(tmp_path)["results"]}
+        assert len(results) == len(METHODS) * 2
+        assert [results["talora", seed]["delta_b"] for seed in (3, 4)] == pytest.approx([23, 24])
+        assert results["talora", 3]["seconds_per_step"] == 2 and results["lora_per_task", 3]["seconds_per_step"] == 4
+        assert results["lora_per_task", 3]["trainable_parameters"] == 200
+        text = (tmp_path / "out/comparison.md").read_text()
+        row = next(line for line in text.splitlines() if line.startswith("| TA-LoRA "))
+        assert row == "| TA-LoRA | 0.765 ± 0.007 | 7.65 ± 0.07 | +23.5 ± 0.7 | 100 | 0.0 | 2.00 |"
+        assert "- TA-LoRA's Delta_b minus that of PEFT LoRA, shared by the tasks: +13.5 ± 0.7 (+13.0, +14.0)" in text
+        assert (tmp_path / "out/comparison.png").stat().st_size > 10_000
+
+    def test_nothing_is_run_twice_and_more_can_be_asked_for(self, command, tmp_path, fake_runs):
+        script.main([*command, "--methods", "lora", "talora"])
+        # three rates of three methods and their results for two seeds
+        assert len(fake_runs) == len({job.folder for job in fake_runs}) == 3 * 3 + 3 * 2
+        script.main([*command, "--methods", "lora", "talora"])
+        assert len(fake_runs) == 15
+        script.main([*command, "--methods", "lora", "talora", "talora:2", "--few-labels", "--few-seeds", "3"])
+        # the other rank for two seeds, and three methods for four amounts of data
+        assert len(fake_runs) == 15 + 2 + 3 * 4
+        text = (tmp_path / "out/comparison.md").read_text()
+        assert (
+            "| method | 512 images | 512 images, each labelled for one task | 16 images | 64 images | 256 images |"
+            in text
+        )
+
+    def test_no_tuning(self, command, tmp_path, fake_runs):
+        script.main([*command, "--no-tuning", "--methods", "talora"])
+        assert len(fake_runs) == 4
+        assert read(tmp_path)["rates"] == {"decoder": 1e-3, "talora": 5e-3} and read(tmp_path)["tuning"] == []
+
+    def test_report_alone_runs_nothing(self, command, tmp_path, fake_runs):
+        script.main([*command, "--methods", "talora", "--no-tuning", "--seeds", "3"])
+        number = len(fake_runs)
+        assert script.main([*command, "--methods", "talora", "--no-tuning", "--report"]) == 0
+        assert len(fake_runs) == number and {r["seed"] for r in read(tmp_path)["results"]} == {3}
+
+    def test_a_folder_with_another_run_is_not_taken_for_this_one(self, command):
+        script.main([*command, "--methods", "talora", "--no-tuning"])
+        with pytest.raises(ValueError, match=r"seed-3 has a run with other arguments.*--output-dir"):
+            script.main([*command, "--methods", "talora", "--no-tuning", "--steps", "9"])
+
+    def test_a_failure_is_told_and_the_rest_goes_on(self, command, tmp_path, monkeypatch, capsys):
+        run = Job.run
+
+        def sometimes(job, threads):
+            if option(job, "--method") == "lora":
+                raise RuntimeError(f"{job.folder}: out of memory")
+            return run(job, threads)
+
+        monkeypatch.setattr(Job, "run", sometimes)
+        assert script.main([*command, "--no-tuning", "--methods", "lora", "talora"]) == 1
+        assert "seed-4: out of memory" in capsys.readouterr().err
+        assert {r["method"] for r in read(tmp_path)["results"]} == {"decoder", "talora"}
+
+
+class TestNumbers:
+    def test_mean_and_spread(self):
+        assert mean_and_spread([1.0, 2.0, 6.0]) == (3.0, statistics.stdev([1, 2, 6]))
+        assert mean_and_spread([5.0]) == (5.0, 0.0)
+
+    def test_differences_are_paired_by_seed(self, tmp_path, fake_runs):
+        plan, amount, rates = Plan(tmp_path, TASKS, {}), Amount(8), {"decoder": 4e-4, "lora": 5e-3, "talora": 0.013}
+        results = []
+        for name, seeds in (("decoder", (1, 2, 3)), ("lora", (3, 1)), ("talora", (1, 2, 3))):
+            for seed in seeds:
+                for job in plan.jobs(Entry(name), rates, amount, seed).values():
+                    job.run(None)
+                results.append(read_result(plan, Entry(name), rates, amount, seed))
+        found = paired_differences(results, Entry("talora"), Entry("lora"), amount)
+        assert found == pytest.approx([21 - 10, 23 - 10])
+
+    def test_unfinished(self, tmp_path):
+        assert read_result(Plan(tmp_path, TASKS, {}), Entry("lora"), {"lora": 1.0}, Amount(8), 0) is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scenes_cache")
+class TestRealRuns:
+    def test_one_step_of_two_methods(self, base, tmp_path):
+        options = ["--num-train", "4", "--num-test", "2", "--steps", "1", "--batch-size", "2", "--tasks", "depth"]
+        options += ["--methods", "talora", "--seeds", "0", "--no-tuning", "--base", base, "--rank", "2", "--jobs", "2"]
+        assert script.main([*options, "--output-dir", str(tmp_path / "out"), "--num-threads", "1"]) == 0
+        decoder, talora = read(tmp_path)["results"]
+        assert talora["tasks"]["depth"].keys() == decoder["tasks"]["depth"].keys() == {"abs_err", "rel_err", "rmse"}
+        assert (
+            talora["delta_b"] == pytest.approx(pt.delta_b(talora["tasks"], decoder["tasks"]))
+            and decoder["delta_b"] == 0
+        )
+        assert not list((tmp_path / "out").rglob("checkpoints"))
+
+    def test_a_failing_run_is_named_with_the_last_line_of_its_log(self, tmp_path):
+        job = Job(tmp_path / "run", ("--base", str(tmp_path / "nowhere"), "--steps", "1"))
+        with pytest.raises(
+            RuntimeError, match=r"run: the training script ended with code 1, see .*log.txt: .*nowhere"
+        ):
+            run_all([job], 1, 1, lambda *_: None)
+        assert job.result() is None
