@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from peft_talora.metrics import HIGHER_IS_BETTER
@@ -12,6 +12,15 @@ from .results import Result, mean_and_spread, of, paired_differences
 
 # how many decimals tell methods apart
 DECIMALS = {"mean_angle": 2, "median_angle": 2}
+# columns of the table, from the results of all seeds
+COSTS: dict[str, Callable[[Sequence[Result]], str]] = {
+    "trained parameters": lambda own: f"{own[0].trainable_parameters:,}",
+    "without the decoders'": lambda own: (
+        "-" if own[0].encoder_parameters is None else f"{own[0].encoder_parameters:,}"
+    ),
+    "adapter, MB": lambda own: f"{own[0].adapter_bytes / 1e6:.1f}",
+    "s per step": lambda own: f"{mean_and_spread([result.seconds_per_step for result in own])[0]:.2f}",
+}
 
 
 def markdown(results: Sequence[Result], rates: Mapping[str, float], tuned: Sequence[Mapping]) -> str:
@@ -35,16 +44,14 @@ def metrics_table(results: Sequence[Result], amount: Amount) -> str:
         (task, metric) for task, values in of(results, entries[0], amount)[0].tasks.items() for metric in values
     ]
     titles = [f"{task}: {metric} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}" for task, metric in metrics]
-    lines = [row(["method", *titles, "Delta_b, %", "trained parameters", "adapter, MB", "s per step"])]
-    lines.append(row(["---"] * (len(titles) + 5)))
+    titles = ["method", *titles, "Delta_b, %", *COSTS]
+    lines = [row(titles), row(["---"] * len(titles))]
     for entry in entries:
         own = of(results, entry, amount)
-        cells = [entry.label]
-        for task, metric in metrics:
-            cells.append(spread([result.tasks[task][metric] for result in own], DECIMALS.get(metric, 3)))
-        cells += [delta(own), f"{own[0].trainable_parameters:,}", f"{own[0].adapter_bytes / 1e6:.1f}",
-                  f"{mean_and_spread([result.seconds_per_step for result in own])[0]:.2f}"]  # fmt: skip
-        lines.append(row(cells))
+        numbers = [
+            spread([result.tasks[task][metric] for result in own], DECIMALS.get(metric, 3)) for task, metric in metrics
+        ]
+        lines.append(row([entry.label, *numbers, delta(own), *(cost(own) for cost in COSTS.values())]))
     return "\n".join(lines)
 
 
@@ -103,7 +110,7 @@ def row(cells: Sequence[str]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Delta_b against the number of trained parameters and, with several amounts of data, against that."""
+    """Delta_b against the number of the encoder's trained parameters and, with several amounts of data, against that."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,13 +139,14 @@ def draw_parameters(axis, results: Sequence[Result], amount: Amount, colors: Map
         places = []
         for entry in entries_of(results):
             own = [result for result in of(results, entry, amount) if result.delta_b is not None]
-            if entry.name == name and own:
-                places.append((own[0].trainable_parameters, *mean_and_spread([r.delta_b for r in own])))
+            # decoders alone have no place on a logarithmic axis
+            if entry.name == name and own and own[0].encoder_parameters:
+                places.append((own[0].encoder_parameters, *mean_and_spread([r.delta_b for r in own])))
         if places:
             x, y, error = zip(*sorted(places), strict=True)
             axis.errorbar(x, y, error, marker="o", capsize=3, color=colors[name], label=METHODS[name].label)
     axis.set_xscale("log")
-    axis.set_xlabel("trained parameters")
+    axis.set_xlabel("trained parameters, without the decoders'")
     axis.set_title(str(amount), fontsize=10)
 
 

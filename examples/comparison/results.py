@@ -22,6 +22,7 @@ class Result:
         rate: Its learning rate.
         tasks: {task: {metric: value}}.
         trainable_parameters: Of all its models.
+        encoder_parameters: Those of them that the baseline does not train.
         adapter_bytes: Of all its files.
         seconds_per_step: Of a step of all its models.
         delta_b: Percent, over the baseline with the same data and seed; None without one.
@@ -33,6 +34,7 @@ class Result:
     rate: float
     tasks: dict[str, dict[str, float | None]]
     trainable_parameters: int
+    encoder_parameters: int | None
     adapter_bytes: int
     seconds_per_step: float
     delta_b: float | None
@@ -54,17 +56,19 @@ def read_result(
     if any(metrics is None for metrics in found):
         return None
     tasks = {task: values for metrics in found for task, values in metrics["tasks"].items()}
-    base = [job.result() for job in plan.jobs(Entry(BASELINE), rates, amount, seed, split).values()]
+    base = next(iter(plan.jobs(Entry(BASELINE), rates, amount, seed, split).values())).result()
+    trainable = sum(metrics["trainable_parameters"] for metrics in found)
     return Result(
         entry=entry,
         amount=amount,
         seed=seed,
         rate=rates[entry.name],
         tasks=tasks,
-        trainable_parameters=sum(metrics["trainable_parameters"] for metrics in found),
+        trainable_parameters=trainable,
+        encoder_parameters=None if base is None else trainable - base["trainable_parameters"],
         adapter_bytes=sum(metrics["adapter_bytes"] for metrics in found),
         seconds_per_step=sum(metrics["train_seconds"] / metrics["steps"] for metrics in found),
-        delta_b=None if None in base else pt.delta_b(tasks, base[0]["tasks"]),
+        delta_b=None if base is None else pt.delta_b(tasks, base["tasks"]),
     )
 
 

@@ -30,7 +30,7 @@ def fake_metrics(arguments):
     values = {"depth": {"abs_err": error}, "normals": {"mean_angle": 10 * error}}
     return {
         "tasks": {task: values[task] for task in tasks},
-        "trainable_parameters": 100,
+        "trainable_parameters": 100 * len(tasks) + 7 * (method != "decoder"),
         "adapter_bytes": 400,
         "train_seconds": 6.0,
         "steps": 3,
@@ -138,10 +138,14 @@ class TestComparison:
         assert len(results) == len(METHODS) * 2
         assert [results["talora", seed]["delta_b"] for seed in (3, 4)] == pytest.approx([23, 24])
         assert results["talora", 3]["seconds_per_step"] == 2 and results["lora_per_task", 3]["seconds_per_step"] == 4
-        assert results["lora_per_task", 3]["trainable_parameters"] == 200
+        assert results["lora_per_task", 3]["trainable_parameters"] == 214
+        assert (
+            results["lora_per_task", 3]["encoder_parameters"] == 14
+            and results["decoder", 3]["encoder_parameters"] == 0
+        )
         text = (tmp_path / "out/comparison.md").read_text()
         row = next(line for line in text.splitlines() if line.startswith("| TA-LoRA "))
-        assert row == "| TA-LoRA | 0.765 ± 0.007 | 7.65 ± 0.07 | +23.5 ± 0.7 | 100 | 0.0 | 2.00 |"
+        assert row == "| TA-LoRA | 0.765 ± 0.007 | 7.65 ± 0.07 | +23.5 ± 0.7 | 207 | 7 | 0.0 | 2.00 |"
         assert "- TA-LoRA's Delta_b minus that of PEFT LoRA, shared by the tasks: +13.5 ± 0.7 (+13.0, +14.0)" in text
         assert (tmp_path / "out/comparison.png").stat().st_size > 10_000
 
