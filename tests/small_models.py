@@ -1,8 +1,17 @@
 """Small models and labels that several tests build."""
 
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from transformers import SamConfig, SamModel
+from torch import nn
+from transformers import SamConfig, SamModel, SamVisionConfig, SamVisionModel
 
 
 def make_sam(image_size: int = 32, patch_size: int = 4, hidden_size: int = 16, **vision) -> SamModel:
@@ -61,3 +70,48 @@ def label_maps(batch: int = 2, num_classes: int = 3, size: int = 20) -> dict[str
         "depth": 0.5 + torch.rand(batch, 1, size, size, generator=generator),
         "normals": torch.randn(batch, 3, size, size, generator=generator),
     }
+
+
+def train(model: nn.Module, loss: Callable[[], torch.Tensor], steps: int, lr: float = 1e-2) -> list[float]:
+    """The loss before each of a few steps of Adam on what is trainable."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+def adapter_size(config: PeftConfig, hidden_size: int, layers: int, heads: int) -> int:
+    """How many numbers an adapter of an image encoder of these sizes trains, and saves; without memory for it."""
+    vision = SamVisionConfig(hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads)
+    with torch.device("meta"):
+        model = get_peft_model(SamVisionModel(vision), config, autocast_adapter_dtype=False)
+    assert all(p.device.type == "meta" for p in model.parameters())
+    trainable = model.get_nb_trainable_parameters()[0]
+    assert sum(value.numel() for value in get_peft_model_state_dict(model).values()) == trainable
+    return trainable
+
+
+def serve_in_threads(serve: Callable[[Any, Callable], bool], keys: Iterable, rounds: int) -> list[bool]:
+    """Whether `serve(key, meet)` was true in all rounds, for each key in a thread of its own.
+
+    All threads call `meet()` equally often; it returns when all of them have. What a thread raises is raised here.
+    """
+    keys = list(keys)
+    barrier = threading.Barrier(len(keys), timeout=60)
+
+    def run(key):
+        try:
+            # a list: also a thread with a wrong round goes on, the others wait for it
+            answers = [serve(key, barrier.wait) for _ in range(rounds)]
+            return all(answers)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(len(keys)) as pool:
+        return list(pool.map(run, keys))

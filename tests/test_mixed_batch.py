@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from peft import get_peft_model
+from small_models import serve_in_threads
 from torch import nn
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec
@@ -125,22 +126,14 @@ class TestState:
         model, pixels = tuned_sam(sam), images()
         batches = {0: (NAMES, TASKS), 1: (["two"] * 5, ["c", "b"] * 2 + ["c"]), 2: (["__base__"] * 5, ["a"] * 5)}
         expected = {key: embed(model, pixels, adapter_names=n, task_ids=t) for key, (n, t) in batches.items()}
-        barrier, wrong = threading.Barrier(len(batches)), []
 
-        def serve(key):
+        def serve(key, meet):
             names, tasks = batches[key]
-            for _ in range(5):
-                barrier.wait()
-                found = embed(model, pixels, adapter_names=names, task_ids=tasks)
-                if not torch.allclose(found, expected[key], rtol=0, atol=1e-12):
-                    wrong.append(key)
+            meet()
+            found = embed(model, pixels, adapter_names=names, task_ids=tasks)
+            return torch.allclose(found, expected[key], rtol=0, atol=1e-12)
 
-        threads = [threading.Thread(target=serve, args=(key,)) for key in batches]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
+        assert serve_in_threads(serve, batches, rounds=5) == [True] * 3
 
     def test_another_thread_in_the_middle_of_a_mixed_forward(self):
         model, x, others = tuned_net(), torch.randn(2, 6, dtype=torch.float64), []

@@ -1,10 +1,9 @@
 """Tasks by name, index and sample; threads; exceptions; activation checkpointing."""
 
-import threading
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from small_models import serve_in_threads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -138,29 +137,26 @@ class TestState:
 
     def test_threads_do_not_see_each_others_tasks(self, sam):
         model, pixels = tuned_sam(sam).eval(), images(1)
-        expected, wrong = {}, []
+
+        def hidden(**kwargs):
+            return model(pixel_values=pixels, output_hidden_states=True, **kwargs).vision_hidden_states[-1]
+
+        expected = {}
         for task in ("a", "b", "c"):
             with model.use_task(task):
-                expected[task] = embed(model, pixels)
-        barrier = threading.Barrier(3)
+                expected[task] = hidden()
+        assert (expected["a"] - expected["b"]).abs().max() > 1e-3 < (expected["b"] - expected["c"]).abs().max()
 
-        def serve(task):
-            for _ in range(10):
-                with model.use_task(task):
-                    barrier.wait()
-                    if not torch.allclose(embed(model, pixels), expected[task], rtol=0, atol=1e-12):
-                        wrong.append(task)
-                barrier.wait()
-                output = model(pixel_values=pixels, task_ids=[task], output_hidden_states=True)
-                if not torch.allclose(output.vision_hidden_states[-1], expected[task], rtol=0, atol=1e-12):
-                    wrong.append(task)
+        def serve(task, meet):
+            with model.use_task(task):
+                meet()
+                in_block = hidden()
+            meet()
+            with_ids = hidden(task_ids=[task])
+            return all(torch.allclose(found, expected[task], rtol=0, atol=1e-12) for found in (in_block, with_ids))
 
-        threads = [threading.Thread(target=serve, args=(task,)) for task in expected]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong and model.base_model.task_router.override is None
+        assert serve_in_threads(serve, expected, rounds=10) == [True] * 3
+        assert model.base_model.task_router.override is None
 
 
 def _in_block(model, pixels):

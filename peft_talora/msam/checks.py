@@ -96,8 +96,9 @@ def checked_image_size(image_size: int | None, vision_config: Any) -> int:
     return size
 
 
-def checked_chunk(task_chunk: int | None) -> int | None:
-    """`task_chunk`, a number of tasks or None."""
-    if task_chunk is not None and (not isinstance(task_chunk, int) or isinstance(task_chunk, bool) or task_chunk < 1):
-        raise ValueError(f"`task_chunk` must be a positive number of tasks, got {task_chunk!r}.")
-    return task_chunk
+def checked_chunk(task_chunk: int | None, num_tasks: int) -> int:
+    """`task_chunk`, a number of tasks; all of them when None."""
+    size = num_tasks if task_chunk is None else task_chunk
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"`task_chunk` must be a positive number of tasks, got {size!r}.")
+    return size

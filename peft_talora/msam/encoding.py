@@ -14,6 +14,7 @@ from torch import nn
 
 from ..routing import TaskRequest, find_routers
 from ..talora.layer import TALoraLayer
+from .checks import checked_chunk
 
 
 def first_task_aware_layer(layers: nn.ModuleList) -> int:
@@ -44,32 +45,52 @@ def encode_trunk(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def encode_tasks(
-    model: Any, trunk_states: torch.Tensor, names: list[str], task_chunk: int | None = None
+    model: Any,
+    pixel_values: torch.Tensor | None,
+    trunk_states: torch.Tensor | None,
+    names: list[str],
+    task_chunk: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """The image embeddings {task: (B, C, h, w)} of the wanted tasks.
 
     Args:
         model: The mSAM.
-        trunk_states: What [`encode_trunk`] gives, (B, h, w, D).
+        pixel_values: Images (B, 3, S, S), or None where `trunk_states` are given.
+        trunk_states: What [`encode_trunk`] gives of them, (B, h, w, D); computed when None.
         names: The wanted tasks.
         task_chunk: How many tasks run as one batch; all of them when None.
+
+    Raises:
+        ValueError: `task_chunk` is no positive number; nothing was computed then.
     """
+    chunk_size = checked_chunk(task_chunk, len(names))
+    hidden = encode_trunk(model, pixel_values) if trunk_states is None else trunk_states
     encoder = model.vision_encoder
     first = first_task_aware_layer(encoder.layers)
     if first == len(encoder.layers):
-        return dict.fromkeys(names, encoder.neck(trunk_states))
+        return dict.fromkeys(names, encoder.neck(hidden))
     embeddings = {}
-    for start in range(0, len(names), task_chunk or len(names)):
-        chunk = names[start : start + (task_chunk or len(names))]
+    for start in range(0, len(names), chunk_size):
+        chunk = names[start : start + chunk_size]
         indices = [list(model.task_specs).index(name) for name in chunk]
-        embeddings.update(zip(chunk, _encode_chunk(model, trunk_states, first, indices), strict=True))
+        embeddings.update(zip(chunk, _encode_chunk(model, hidden, first, indices), strict=True))
     return embeddings
 
 
-def encode_mixed(model: Any, trunk_states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The image embeddings (B, C, h, w), each for the task of its image; ids is a LongTensor (B,)."""
+def encode_mixed(
+    model: Any, pixel_values: torch.Tensor | None, trunk_states: torch.Tensor | None, ids: torch.Tensor
+) -> torch.Tensor:
+    """The image embeddings (B, C, h, w), each for the task of its image.
+
+    Args:
+        model: The mSAM.
+        pixel_values: As in [`encode_tasks`].
+        trunk_states: As in [`encode_tasks`].
+        ids: The index of each image's task, a LongTensor (B,).
+    """
+    hidden = encode_trunk(model, pixel_values) if trunk_states is None else trunk_states
     with _routed(model, ids):
-        return _branch(model.vision_encoder, trunk_states, first_task_aware_layer(model.vision_encoder.layers))
+        return _branch(model.vision_encoder, hidden, first_task_aware_layer(model.vision_encoder.layers))
 
 
 def _encode_chunk(model: Any, trunk_states: torch.Tensor, first: int, indices: list[int]) -> list[torch.Tensor]:

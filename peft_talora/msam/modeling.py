@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from ..auxiliary import auxiliary_loss
 from ..losses import task_loss
 from ..routing import TaskRequest
-from .checks import check_all_labels, check_inputs, checked_chunk, checked_image_size, checked_task_ids, wanted_tasks
+from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
 from .encoding import encode_mixed, encode_tasks, encode_trunk
 from .frozen import freeze
@@ -125,10 +125,15 @@ class MSamForMultiTask(SamPreTrainedModel):
             freeze(decoder.iou_prediction_head)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding of the image encoder, as transformers asks for it."""
         return self.vision_encoder.get_input_embeddings()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load what `save_pretrained` wrote, with the arguments of `transformers.PreTrainedModel.from_pretrained`.
+
+        A SAM is loaded by [`MSamForMultiTask.from_sam`], an adapter by [`MSamForMultiTask.from_adapter`].
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         # loading replaces the parameters
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_iou_heads()
@@ -246,19 +251,17 @@ class MSamForMultiTask(SamPreTrainedModel):
             ValueError: The arguments contradict each other, name an unknown task or have wrong shapes.
         """
         batch_size = check_inputs(self.config, pixel_values, image_embeddings, trunk_states)
-        if image_embeddings is None and trunk_states is None:
-            trunk_states = encode_trunk(self, pixel_values)
         if task_ids is None:
             names, image_index = wanted_tasks(self.task_specs, tasks), None
             check_all_labels(self.task_specs, labels, batch_size, dict.fromkeys(names))
-            embeddings = self._embeddings_of_tasks(trunk_states, image_embeddings, names, task_chunk)
+            embeddings = self._embeddings_of_tasks(pixel_values, trunk_states, image_embeddings, names, task_chunk)
         else:
             if tasks is not None:
                 raise ValueError(f"Give either tasks ({tasks!r}) or task_ids, not both.")
             ids = checked_task_ids(self.task_specs, task_ids, batch_size, self.device)
             image_index = {name: torch.nonzero(ids == t).flatten() for t, name in enumerate(self.task_specs)}
             check_all_labels(self.task_specs, labels, batch_size, image_index)
-            embeddings = self._embeddings_of_images(trunk_states, image_embeddings, ids, image_index)
+            embeddings = self._embeddings_of_images(pixel_values, trunk_states, image_embeddings, ids, image_index)
 
         logits = {name: self._decode(name, embedding) for name, embedding in embeddings.items()}
         loss, losses = None, None
@@ -274,8 +277,8 @@ class MSamForMultiTask(SamPreTrainedModel):
         self, pixel_values: torch.Tensor, tasks: Sequence[str] | str | None = None, task_chunk: int | None = None
     ) -> dict[str, torch.Tensor]:
         """The image embeddings (B, C, h, w) of the wanted tasks, to be passed to `forward` as `image_embeddings`."""
-        names = wanted_tasks(self.task_specs, tasks)
-        return encode_tasks(self, self.encode_trunk(pixel_values), names, checked_chunk(task_chunk))
+        check_inputs(self.config, pixel_values, None, None)
+        return encode_tasks(self, pixel_values, None, wanted_tasks(self.task_specs, tasks), task_chunk)
 
     def encode_trunk(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The hidden states (B, h, w, D) before the first task-aware layer, to be passed to `forward` as `trunk_states`.
@@ -309,10 +312,15 @@ class MSamForMultiTask(SamPreTrainedModel):
         return post_process(output.logits, self.task_specs, target_sizes, image_size, output.image_index)
 
     def _embeddings_of_tasks(
-        self, trunk_states: torch.Tensor | None, image_embeddings: Any, names: list[str], task_chunk: int | None
+        self,
+        pixel_values: torch.Tensor | None,
+        trunk_states: torch.Tensor | None,
+        image_embeddings: Any,
+        names: list[str],
+        task_chunk: int | None,
     ) -> dict[str, torch.Tensor]:
         if image_embeddings is None:
-            return encode_tasks(self, trunk_states, names, checked_chunk(task_chunk))
+            return encode_tasks(self, pixel_values, trunk_states, names, task_chunk)
         if isinstance(image_embeddings, torch.Tensor):
             if len(names) != 1:
                 raise ValueError(
@@ -327,6 +335,7 @@ class MSamForMultiTask(SamPreTrainedModel):
 
     def _embeddings_of_images(
         self,
+        pixel_values: torch.Tensor | None,
         trunk_states: torch.Tensor | None,
         image_embeddings: Any,
         ids: torch.Tensor,
@@ -334,7 +343,9 @@ class MSamForMultiTask(SamPreTrainedModel):
     ) -> dict[str, torch.Tensor]:
         if isinstance(image_embeddings, Mapping):
             raise ValueError("With task_ids, image_embeddings must be one tensor (B, C, h, w), got a dict.")
-        embedding = encode_mixed(self, trunk_states, ids) if image_embeddings is None else image_embeddings
+        embedding = image_embeddings
+        if embedding is None:
+            embedding = encode_mixed(self, pixel_values, trunk_states, ids)
         return {name: embedding[rows.to(embedding.device)] for name, rows in image_index.items()}
 
     def _decode(self, name: str, image_embedding: torch.Tensor) -> torch.Tensor:

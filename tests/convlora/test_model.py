@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from small_models import adapter_size, train
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
-    SamVisionConfig,
-    SamVisionModel,
     ViTConfig,
     ViTModel,
 )
@@ -66,19 +65,10 @@ class TestParameterCounts:
         ids=["B", "L", "H"],
     )
     def test_beside_lora(self, hidden_size, layers, heads, beside_lora):
-        vision = SamVisionConfig(hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads)
-        counts = {}
-        for name, tuner in {
-            "conv": ConvLoraConfig(),
-            "lora": LoraConfig(r=3, target_modules=["qkv"]),
-        }.items():
-            with torch.device("meta"):
-                model = get_peft_model(SamVisionModel(vision), tuner, autocast_adapter_dtype=False)
-            counts[name] = model.get_nb_trainable_parameters()[0]
-            assert sum(value.numel() for value in get_peft_model_state_dict(model).values()) == counts[name]
-            assert all(p.device.type == "meta" for p in model.parameters())
-        assert counts["lora"] == layers * 3 * 4 * hidden_size
-        assert counts["conv"] - counts["lora"] == beside_lora == layers * (8 * 9 * 9 + 8 * 3 + 2 * 3 * 8)
+        lora = adapter_size(LoraConfig(r=3, target_modules=["qkv"]), hidden_size, layers, heads)
+        conv = adapter_size(ConvLoraConfig(), hidden_size, layers, heads)
+        assert lora == layers * 3 * 4 * hidden_size
+        assert conv - lora == beside_lora == layers * (8 * 9 * 9 + 8 * 3 + 2 * 3 * 8)
 
 
 class TestBareSam:
@@ -121,15 +111,11 @@ class TestBareSam:
 
     def test_training_lowers_the_loss(self, sam):
         model = tuned(sam, init_weights=True).train()
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses = []
-        for _ in range(12):
-            output = model(pixel_values=images())
-            loss = (output.pred_masks.mean() - 1).square() + auxiliary_loss(model)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+
+        def loss():
+            return (model(pixel_values=images()).pred_masks.mean() - 1).square() + auxiliary_loss(model)
+
+        losses = train(model, loss, steps=12)
         assert losses[-1] < losses[0]
 
 
@@ -181,14 +167,7 @@ class TestFiles:
         assert "mask_decoders.depth" in saved and "vision_encoder.layers.0.layer_norm1" in saved
         pixels = images().float()
         labels = {"semantic": torch.randint(3, (2, 32, 32)), "depth": torch.rand(2, 1, 32, 32) + 1}
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-        losses = []
-        for _ in range(8):
-            output = model(pixels, labels=labels)
-            optimizer.zero_grad()
-            output.loss.backward()
-            optimizer.step()
-            losses.append(output.loss.item())
+        losses = train(model, lambda: model(pixels, labels=labels).loss, steps=8, lr=3e-3)
         assert losses[-1] < losses[0]
         save_adapter(model, tmp_path / "adapter")
         loaded = load_adapter(tmp_path / "adapter", base_model=sam_factory()).eval()

@@ -88,8 +88,12 @@ def test_without_a_task_aware_layer_the_trunk_is_everything_but_the_neck(sam):
 class TestBadInput:
     @pytest.mark.parametrize("chunk", [0, -1, 1.5, True, "all"])
     def test_chunk(self, sam, chunk):
-        with pytest.raises(ValueError, match=f"`task_chunk` must be a positive number of tasks, got {chunk!r}"):
-            tuned(sam)(pixels(), task_chunk=chunk)
+        model, calls = tuned(sam), []
+        model.vision_encoder.patch_embed.register_forward_pre_hook(lambda *_: calls.append(1))
+        for call in (model, model.encode):
+            with pytest.raises(ValueError, match=f"`task_chunk` must be a positive number of tasks, got {chunk!r}"):
+                call(pixels(), task_chunk=chunk)
+        assert not calls  # no encoder work for nothing
 
     def test_trunk_states(self, sam):
         model = tuned(sam)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from small_models import label_maps, move_saved_modules
+from small_models import label_maps, move_saved_modules, train
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, SamModel
@@ -740,14 +740,7 @@ class TestTraining:
             "depth": torch.full((2, 1, 8, 8), 2.0),
             "normals": torch.tensor([0.0, 0.0, 1.0])[None, :, None, None].expand(2, 3, 8, 8),
         }
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses = []
-        for _ in range(30):
-            loss = model(pixels, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        losses = train(model, lambda: model(pixels, labels=labels).loss, steps=30)
         assert losses[-1] < 0.5 * losses[0]
 
     def test_autocast(self, sam):
@@ -769,7 +762,21 @@ class TestTraining:
         torch.testing.assert_close(output.loss, expected.loss)
 
 
+def encoder_calls(model):
+    """A list that grows with every call of the patch embedding or of a layer."""
+    calls = []
+    for module in (model.vision_encoder.patch_embed, *model.vision_encoder.layers):
+        module.register_forward_pre_hook(lambda module, _: calls.append(module))
+    return calls
+
+
 class TestBadInput:
+    def test_the_count_of_encoder_calls_counts(self, sam):
+        model = make(sam)
+        calls = encoder_calls(model)
+        model(images())
+        assert len(calls) == 4
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -803,8 +810,10 @@ class TestBadInput:
         arguments = {"pixel_values": images(), **arguments}
         models = [make(sam), tuned(sam)] if "task_ids" in arguments else [make(sam)]
         for model in models:
+            calls = encoder_calls(model)
             with pytest.raises(ValueError, match=message):
                 model(**arguments)
+            assert not calls
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
