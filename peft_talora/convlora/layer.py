@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checkpointing import is_replay
+from ..thin import add_product, project
 from ..tuner_layer import PluginLayer
 from .config import ConvLoraConfig
 from .experts import expert_outputs
 from .gate import choose
-from .thin import add_product, project
 
 MERGE_ERROR = (
     "Conv-LoRA cannot be merged: its update goes through a GELU, mixes neighbouring tokens and picks another expert for "
@@ -139,6 +139,7 @@ class ConvLoraLayer(PluginLayer):
             self.last_forward.choices = choices
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter `adapter_name` and what is kept of the last forward."""
         super().delete_adapter(adapter_name)
         self.last_forward.choices = {}
 
@@ -160,6 +161,12 @@ class ConvLoraLinear(nn.Module, ConvLoraLayer):
 
     Input `(..., H, W, d)` with one grid of tokens per sample (SAM's windows are samples of their own), or `(B', N, d)` with N
     = num_prefix_tokens + H W, the grid after the prefix tokens, row by row. Returns `(..., k)`.
+
+    Args:
+        base_layer: The linear layer to adapt (`nn.Linear`, or a quantised one that PEFT knows).
+        adapter_name: The adapter's name.
+        config: The adapter's configuration.
+        name: The layer's full name, for error messages.
     """
 
     def __init__(
@@ -171,6 +178,11 @@ class ConvLoraLinear(nn.Module, ConvLoraLayer):
         self.update_layer(adapter_name, config=config, name=name)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(..., H, W, d) or (B', N, d) -> (..., k), with the active adapters added up; see the class.
+
+        Raises:
+            ValueError: The input has another shape, or its tokens fit no grid.
+        """
         if self.disable_adapters:
             self.remember({})
             return self.base_layer(x, *args, **kwargs)

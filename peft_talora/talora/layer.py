@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checkpointing import in_backward
-from ..convlora.thin import add_product
 from ..mixed_batch import by_sample, samples_of
 from ..routing import TaskRouter
+from ..thin import add_product
 from ..tuner_layer import PluginLayer
 from .config import TALoraConfig
 
@@ -107,6 +107,7 @@ class TALoraLayer(PluginLayer):
         return torch.cat([torch.linalg.matrix_norm(gram - _eye_like(gram)) for gram in grams])
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter `adapter_name` and its tasks."""
         super().delete_adapter(adapter_name)
         self.task_router.forget(adapter_name)
 
@@ -180,6 +181,12 @@ class TALoraLinear(nn.Module, TALoraLayer):
         self.update_layer(adapter_name, config=config, name=name)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(rows, ..., d) -> (rows, ..., k) for the tasks of this forward, with the active adapters added up; see the class.
+
+        Raises:
+            ValueError: `rows` is no multiple of the number of samples that tasks are given for, or another task than the
+                forward's is merged.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -355,7 +362,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
                 self.set_base_weight(base_weight - delta)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # one LoRA holds one task; peft_talora.task_to_lora converts a task exactly
+        """Whether PEFT may convert the adapter: one LoRA holds one task. `task_to_lora` converts any task exactly."""
         return len(self.task_router.tasks.get(adapter_name, ())) == 1
 
     def __repr__(self) -> str:

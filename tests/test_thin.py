@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_talora.convlora import thin
+from peft_talora import thin
 
 
 def tensors(*shapes, dtype=torch.float64):
