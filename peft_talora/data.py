@@ -131,10 +131,11 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         if self.augment is not None:
             rng = np.random.default_rng([self.seed, self.epoch, index])
             image, labels = self.augment(rng, image, labels, self.tasks)
-        batch = self.processor([image], [labels])
+        batch = self.processor([image])
         return {
             "pixel_values": batch["pixel_values"][0],
-            "labels": {name: label[0] for name, label in batch["labels"].items()},
+            # checked when they were read; a crop of them may look odd
+            "labels": {name: self.processor.square_label(name, label) for name, label in labels.items()},
             "original_size": batch["original_sizes"][0],
         }
 

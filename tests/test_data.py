@@ -1,4 +1,5 @@
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +278,33 @@ def test_collate_names_the_row_without_labels(rows):
     labels = [{"depth": torch.ones(1, 8, 8)}, {}]
     with pytest.raises(ValueError, match=f"row {rows.index(1)} of the batch has no labels of 'depth'"):
         collate([{"pixel_values": pixels, "labels": labels[row]} for row in rows])
+
+
+class TestDoubtfulLabels:
+    @pytest.fixture(autouse=True)
+    def nothing_doubted_yet(self, monkeypatch):
+        monkeypatch.setattr("peft_talora.msam.labels._doubted", set())
+
+    def warnings_of(self, mask):
+        row = {**make_row(0), "saliency": mask}
+        augment = Augmentation(scales=(4.0,))
+        tasks = {"saliency": TaskSpec("binary")}
+        dataset = MultiTaskDataset(make_dataset([row] * 6), tasks, MSamProcessor(32), augment=augment)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            items = [dataset[index]["labels"]["saliency"] for index in range(len(dataset))]
+        return [str(warning.message) for warning in found], items
+
+    def test_a_mask_of_0_and_255_is_warned_of_once(self):
+        mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+        mask[8:16, 8:16] = 255
+        (message,), _ = self.warnings_of(mask)
+        assert "divide by 255" in message
+
+    def test_a_crop_without_positives_is_no_reason(self):
+        mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+        mask[:, ::2], mask[0, 1] = 255, 1
+        found, items = self.warnings_of(mask)
+        # most crops look as the mask of the test above
+        assert sum(set(item.unique().tolist()) == {0, 255} for item in items) >= 3
+        assert found == []

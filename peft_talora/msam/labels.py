@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,15 @@ Size = tuple[int, int]
 # Below this share of labelled pixels in the mean, what is left is rounding.
 _MIN_VALID = 1e-6
 
+# Of these tasks a label was doubted; once per process is enough.
+_doubted: set[str] = set()
+
 
 def label_tensor(name: str, spec: TaskSpec, label: Any, size: Size) -> Tensor:
     """One image's label map in the form that losses and metrics take, every unlabelled pixel being ``spec.padding``.
+
+    A map that is possible, but most likely in another unit (a mask of 0 and 255, depth in millimetres), is a warning, once per
+    process and task.
 
     Args:
         name: The task's name, for messages.
@@ -49,6 +56,7 @@ def label_tensor(name: str, spec: TaskSpec, label: Any, size: Size) -> Tensor:
         raise ValueError(f"label of task {name!r}: a {spec.kind} task needs integer classes, got {label.dtype}")
     label = label.to(dtype)
     check_labels(name, spec, label[None], batch_size=1)
+    _warn_of_doubt(name, spec, label)
     return torch.where(_labelled(spec, label), label, torch.tensor(spec.padding, dtype=dtype))
 
 
@@ -78,6 +86,13 @@ def resize_label(spec: TaskSpec, label: Tensor, size: Size) -> Tensor:
         valid = valid & (length > _MIN_VALID)
         mean = mean / length.clamp(min=_MIN_VALID)
     return torch.where(valid, mean, torch.tensor(spec.padding, dtype=label.dtype))
+
+
+def _warn_of_doubt(name: str, spec: TaskSpec, label: Tensor) -> None:
+    doubt = None if name in _doubted else spec.task_kind.doubt(label, spec.ignore_index)
+    if doubt is not None:
+        _doubted.add(name)
+        warnings.warn(f"labels of task {name!r}: {doubt}", stacklevel=3)
 
 
 def _labelled(spec: TaskSpec, label: Tensor) -> Tensor:

@@ -108,6 +108,13 @@ class MSamProcessor:
             batch["labels"] = self._label_batch(rows, batch["original_sizes"].tolist())
         return batch
 
+    def square_label(self, name: str, label: Tensor) -> Tensor:
+        """One image's label map, as ``label_tensor`` makes it, resized and padded as the image is: (S, S) or (C, S, S)."""
+        spec = self._tasks()[name]
+        height, width = reshaped_size(label.shape[-2:], self.image_size)
+        label = resize_label(spec, label, (height, width))
+        return F.pad(label, (0, self.image_size - width, 0, self.image_size - height), value=spec.padding)
+
     def post_process(
         self, output: Any, target_sizes: Any, tasks: Sequence[str] | None = None
     ) -> list[dict[str, Tensor]]:
@@ -178,17 +185,12 @@ class MSamProcessor:
         return {
             name: torch.stack(
                 [
-                    self._square_label(spec, label_tensor(name, spec, row.get(name), tuple(size)))
+                    self.square_label(name, label_tensor(name, spec, row.get(name), tuple(size)))
                     for row, size in zip(rows, sizes, strict=True)
                 ]
             )
             for name, spec in tasks.items()
         }
-
-    def _square_label(self, spec: TaskSpec, label: Tensor) -> Tensor:
-        height, width = reshaped_size(label.shape[-2:], self.image_size)
-        label = resize_label(spec, label, (height, width))
-        return F.pad(label, (0, self.image_size - width, 0, self.image_size - height), value=spec.padding)
 
 
 def reshaped_size(size: Sequence[int], image_size: int) -> Size:

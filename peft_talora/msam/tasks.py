@@ -14,6 +14,7 @@ from torchmetrics import Metric, MetricCollection
 
 from .. import drawing, losses, metrics
 from ..task_names import validate_task_names
+from .label_doubts import doubt_depth, doubt_mask
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TaskKind:
         has_classes: Channels are classes, numbered from 0.
         largest_label: num_channels -> the largest label allowed, or None where there is no bound.
         other_losses: {name: as pixel_loss}, what a task can choose instead.
+        doubt: (label of one image, ignore_index) -> what is odd in a label that is possible, for a warning, or None.
     """
 
     channels: int | None
@@ -52,6 +54,7 @@ class TaskKind:
     has_classes: bool = False
     largest_label: Callable[[int], int | None] = lambda num_channels: None
     other_losses: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    doubt: Callable[[Tensor, int], str | None] = lambda label, ignore_index: None
 
 
 _CLASSES = TaskKind(
@@ -83,6 +86,7 @@ KINDS: dict[str, TaskKind] = {
         padding=None,
         largest_label=lambda num_channels: 1,
         other_losses={"structure": losses.structure_loss},
+        doubt=doubt_mask,
     ),
     "depth": TaskKind(
         channels=1,
@@ -95,6 +99,7 @@ KINDS: dict[str, TaskKind] = {
         resample="mean",
         padding=0.0,
         is_distance=True,
+        doubt=doubt_depth,
     ),
     "normals": TaskKind(
         channels=3,
