@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import SamModel
@@ -100,9 +100,12 @@ def push_adapter(
 
     Raises:
         TypeError: The model is not around an `MSamForMultiTask`.
+        ValueError: The model has one adapter on top of another, or `metrics` has another form.
         huggingface_hub.errors.HfHubHTTPError: The Hub refused it. HFValidationError: `hub_id` can be no repository.
     """
-    _msam_of(model)  # before there is an empty repository
+    # before there is an empty repository
+    _msam_of(model)
+    _check_metrics(metrics)
     api = HfApi(token=token)
     hub_id = api.create_repo(hub_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
@@ -137,7 +140,9 @@ def _msam_of(model: PeftModel) -> MSamForMultiTask:
 
 
 def _check_metrics(metrics: dict[str, Any] | None) -> None:
-    if metrics is not None and not all(isinstance(values, dict) for values in metrics.values()):
+    if metrics is None:
+        return
+    if not isinstance(metrics, dict) or not all(isinstance(values, dict) for values in metrics.values()):
         raise ValueError(
             "`metrics` must be {task: {metric: value}}, such as {'depth': {'abs_err': 0.3}}, got "
             f"{metrics!r}; of a metrics.json that is its entry 'tasks'."
@@ -221,12 +226,14 @@ def _adapter_directory(path_or_hub_id: str | Path, **download: Any) -> Path:
 
 
 def _download(hub_id: str, **download: Any) -> Path:
+    if not is_hub_id(hub_id):
+        raise FileNotFoundError(f"There is no folder '{hub_id}'; it is no name of an adapter on the Hub either.")
     files = [CONFIG_FILE, WEIGHTS_FILE, MSAM_FILE]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files, **download))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"'{hub_id}' is neither a local directory nor an adapter that could be loaded from the Hub: {error}"
+            f"There is no folder '{hub_id}'. An adapter of that name could not be loaded from the Hub either: {error}"
         ) from error
 
 

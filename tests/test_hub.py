@@ -255,7 +255,7 @@ class TestSaveAdapter:
             save_adapter(model, tmp_path / "adapter")
         assert not (tmp_path / "adapter").exists()
 
-    @pytest.mark.parametrize("metrics", [{"miou": 0.3}, {"method": "talora", "tasks": {}}])
+    @pytest.mark.parametrize("metrics", [{"miou": 0.3}, {"method": "talora", "tasks": {}}, [{"miou": 0.3}]])
     def test_metrics_of_another_form(self, sam, tmp_path, metrics):
         with pytest.raises(ValueError, match=r"`metrics` must be \{task: \{metric: value\}\}"):
             save_adapter(make(sam), tmp_path / "adapter", metrics=metrics)
@@ -350,14 +350,14 @@ class TestHubCache:
         model = make(sam, make_config)
         cache(tmp_path / "hub", "somebody/sam", sam_path)
         cache(tmp_path / "hub", "somebody/adapter", save_adapter(model, tmp_path / "adapter"))
-        with pytest.raises(FileNotFoundError, match="'somebody/adapter' is neither a local directory nor"):
+        with pytest.raises(FileNotFoundError, match=r"There is no folder 'somebody/adapter'.* from the Hub either"):
             FROM_ADAPTER("somebody/adapter")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         for revision in (None, "main", "0123456789" * 4):
             loaded = FROM_ADAPTER("somebody/adapter", revision=revision)
         assert_same(predict(loaded, pixels), predict(model, pixels))
         assert loaded.get_base_model().name_or_path == "somebody/sam"
-        with pytest.raises(FileNotFoundError, match="'somebody/adapter' is neither"):
+        with pytest.raises(FileNotFoundError, match="There is no folder 'somebody/adapter'"):
             FROM_ADAPTER("somebody/adapter", revision="v2")
 
     def test_another_cache(self, sam, tmp_path):
@@ -429,6 +429,11 @@ class TestPush:
                 push_adapter(model, "somebody/adapter")
         assert not self.calls
 
+    def test_metrics_of_another_form(self, sam, uploaded):
+        with pytest.raises(ValueError, match=r"`metrics` must be \{task: \{metric: value\}\}"):
+            push_adapter(make(sam), "somebody/adapter", metrics={"miou": 0.3})
+        assert not self.calls  # not even an empty repository
+
     def test_without_a_network(self, sam):
         with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
             push_adapter(make(sam), "somebody/adapter")
@@ -447,11 +452,14 @@ class TestRefusedDirectories:
             with pytest.raises(FileNotFoundError, match=rf"'{path}' is no saved adapter: .*adapter_config\.json"):
                 FROM_ADAPTER(path)
 
-    def test_a_missing_path(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="missing' is neither a local directory nor"):
-            FROM_ADAPTER(tmp_path / "missing")
-        with pytest.raises(FileNotFoundError, match="'somebody/missing' is neither a local directory nor"):
-            FROM_ADAPTER("somebody/missing")
+    def test_a_missing_path(self, tmp_path, monkeypatch):
+        with pytest.raises(FileNotFoundError, match=r"There is no folder 'runs/mutlitask'.* from the Hub either: "):
+            FROM_ADAPTER("runs/mutlitask")
+        # what can be no name on the Hub is not looked for there
+        monkeypatch.setattr(hub_module, "snapshot_download", None)
+        for path in (tmp_path / "missing", "./runs/mutlitask", "runs/rooms/mutlitask"):
+            with pytest.raises(FileNotFoundError, match=f"There is no folder '{path}'; it is no name of an adapter"):
+                FROM_ADAPTER(path)
 
     def test_a_file(self, sam, tmp_path):
         path = save_adapter(make(sam), tmp_path / "adapter") / "adapter_model.safetensors"
