@@ -27,7 +27,22 @@ def check_probability(name: str, value: Any) -> None:
 
 @dataclass
 class TargetsConfig(PeftConfig):
-    """Which modules an adapter changes or saves in full; each tuner's docstring says what None means."""
+    """Which modules an adapter changes or saves in full; each tuner's docstring says what None means.
+
+    Args:
+        target_modules: Names or a regular expression of the modules to adapt.
+        exclude_modules: Names or a regular expression of the modules to leave alone.
+        layers_to_transform: Adapt only the layers with these indices; target_modules must be names then.
+        layers_pattern: The name of the layers' list, used only with layers_to_transform.
+        modules_to_save: Further modules that are trained in full and saved.
+        msam: What an `MSamForMultiTask` needs to be built again from its SAM.
+        saved_by (`dict`, *optional*): Of a file alone: format and checksums. Filled when the adapter is saved.
+        task_type, inference_mode, base_model_name_or_path, revision, peft_type, peft_version, auto_mapping:
+            PEFT's own, see `peft.PeftConfig`; PEFT fills all of them.
+
+    Raises:
+        ValueError: The arguments contradict each other.
+    """
 
     target_modules: list[str] | str | None = field(
         default=None,
@@ -58,7 +73,19 @@ class TargetsConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.saved_by = None
-        normalise_targets(self)
+        self._normalise_targets()
+
+    def _normalise_targets(self) -> None:
+        """PEFT's conventions for `target_modules`, `exclude_modules` and the arguments that need a list of names."""
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, with the format and a checksum."""
@@ -76,16 +103,3 @@ class TargetsConfig(PeftConfig):
         finish_pending(path.parent)
         check_seal(path)
         return super().from_json_file(path_json_file, **kwargs)
-
-
-def normalise_targets(config: Any) -> None:
-    """PEFT's conventions for `target_modules`, `exclude_modules` and the arguments that need a list of names."""
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(getattr(config, name), list):
-            setattr(config, name, set(getattr(config, name)))
-    if isinstance(config.target_modules, str):
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(config, name) is not None:
-                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-    if config.layers_pattern and not config.layers_to_transform and config.layers_to_transform != 0:
-        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")

@@ -29,8 +29,15 @@ def default_modules_to_save(msam: nn.Module) -> list[str]:
     """Full names of what is trained beside an adapter: no-mask embeddings, mask decoders, encoder LayerNorms.
 
     These are the parts of mSAM that the paper trains (arXiv 2403.10971, section 3.1); the neck's norms stay frozen. Pass the
-    list to PEFT's own configurations: `LoraConfig(target_modules=["qkv"],
-    modules_to_save=default_modules_to_save(msam))`.
+    list to PEFT's own configurations:
+
+        LoraConfig(target_modules=["qkv"], modules_to_save=default_modules_to_save(msam))
+
+    Args:
+        msam: The `MSamForMultiTask`, before it gets an adapter.
+
+    Raises:
+        ValueError: `msam` is another model.
     """
     if not is_msam(msam):
         raise ValueError(f"default_modules_to_save needs an MSamForMultiTask, got {type(msam).__name__}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 _LOCK = threading.RLock()
 _MINIMUM_PEFT = "0.21"
@@ -41,7 +42,7 @@ def _peft_registry() -> tuple:
     return PeftType, register_peft_method, mappings
 
 
-def add_peft_type(name: str):
+def add_peft_type(name: str) -> Any:
     """Add the member `PeftType.NAME`, or return the one that is there.
 
     It is a member like any other: found by name and by value, iterated over, and kept by pickle and deepcopy.

@@ -28,10 +28,13 @@ _LIVE_ROUTERS: weakref.WeakSet[TaskRouter] = weakref.WeakSet()
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """The tasks of one forward: per adapter an index for all samples, or a LongTensor (B,) of one index per sample.
+    """The tasks of one forward.
 
-    `source` is the request as the caller gave it, `recomputing` is set while activation checkpointing replays a
-    forward. `adapter_names` holds the adapter of each sample, where they differ.
+    Args:
+        by_adapter: Per adapter an index for all samples, or a LongTensor (B,) of one index per sample.
+        source: The request as the caller gave it.
+        recomputing: Whether activation checkpointing replays a forward.
+        adapter_names: The adapter of each sample, where they differ.
     """
 
     by_adapter: dict[str, int | torch.Tensor]
@@ -264,6 +267,9 @@ def use_task(model: nn.Module, task: TaskRequest) -> Iterator[None]:
     Args:
         model: As in [`set_task`].
         task: One task for all samples (name or index), or one per sample (list, or LongTensor (B,)).
+
+    Raises:
+        ValueError: Unknown task (names the known ones), or no task-aware layer in `model`.
     """
     with ExitStack() as stack:
         for router in _require_routers(model):

@@ -31,6 +31,7 @@ class PluginTuner(BaseTuner):
     linear_layer_cls: type[BaseTunerLayer]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; then add the hooks that the tuner needs on the model."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._add_hooks()
 

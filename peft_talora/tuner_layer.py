@@ -60,4 +60,5 @@ class PluginLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def extra_repr(self) -> str:
+        """What a print of the model says of a quantised base layer."""
         return quantization_extra_repr(self)

@@ -32,7 +32,7 @@ class ConvLoraConfig(TargetsConfig):
             <output of the expert, its gradient> times (one-hot of the chosen one - softmax): an expert whose output
             lowers the loss becomes more likely for such inputs. The experts that were not chosen are not evaluated; what
             they would have given is not known to the gradient.
-        grid_size (`list[int]`, *optional*):
+        grid_size (`tuple[int, int]`, *optional*):
             Height and width of the grid of tokens of inputs (B, N, C). The square root of N - num_prefix_tokens when
             None. Inputs (..., H, W, C) bring their own.
         num_prefix_tokens (`int`):
@@ -52,6 +52,9 @@ class ConvLoraConfig(TargetsConfig):
             embeddings, mask decoders and encoder LayerNorms, and nothing for other models; [] means none.
         msam (`dict`, *optional*):
             What an `MSamForMultiTask` needs to be built again from its SAM. Filled by `get_peft_model`.
+        saved_by (`dict`, *optional*): Of a file alone: format and checksums. Filled when the adapter is saved.
+        task_type, inference_mode, base_model_name_or_path, revision, peft_type, peft_version, auto_mapping:
+            PEFT's own, see `peft.PeftConfig`; PEFT fills all of them.
 
     Raises:
         ValueError: A value is out of its range; the message names it.

@@ -47,6 +47,7 @@ class ConvLoraModel(PluginTuner):
     linear_layer_cls = ConvLoraLinear
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Not possible: raises NotImplementedError that says why, and what to do instead."""
         raise NotImplementedError(MERGE_ERROR)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:

@@ -25,6 +25,12 @@ class MSamConfig(SamConfig):
         channel_mode (`str`):
             "prompt": one decoder pass per output channel, as published. "token": one per task, with a mask token and a
             hypernetwork per channel.
+        initializer_range (`float`): Standard deviation of the weights of a model that is made from the configuration alone.
+        tie_word_embeddings (`bool`): Of `SamConfig`; an mSAM has no tied weights.
+        **kwargs: The fields of every `transformers.PreTrainedConfig`, such as `dtype` and `return_dict`.
+
+    Raises:
+        ValueError: A task or the channel mode is not possible.
     """
 
     model_type = "msam"

@@ -15,6 +15,7 @@ class FrozenParameter(nn.Parameter):
     """
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Stay frozen, whatever is asked for."""
         return super().requires_grad_(False)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:

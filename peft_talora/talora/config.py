@@ -49,6 +49,9 @@ class TALoraConfig(TargetsConfig):
             embeddings, mask decoders and encoder LayerNorms, and nothing for other models; [] means none.
         msam (`dict`, *optional*):
             What an `MSamForMultiTask` needs to be built again from its SAM. Filled by `get_peft_model`.
+        saved_by (`dict`, *optional*): Of a file alone: format and checksums. Filled when the adapter is saved.
+        task_type, inference_mode, base_model_name_or_path, revision, peft_type, peft_version, auto_mapping:
+            PEFT's own, see `peft.PeftConfig`; PEFT fills all of them.
 
     Raises:
         ValueError: A value is out of its range; the message names it.

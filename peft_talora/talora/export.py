@@ -69,6 +69,12 @@ def save_task_as_lora(model: nn.Module, task: str | int, directory: str | Path) 
         model: As in [`task_to_lora`].
         task: The task's name or index.
         directory: Where to; created where missing, other files in it stay.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: As in [`task_to_lora`].
     """
     config, state = task_to_lora(model, task)
     with written_aside(Path(directory)) as aside:

@@ -156,6 +156,7 @@ class TALoraModel(PluginTuner):
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, which also takes `task_ids` and `adapter_names`, one for each sample."""
         with self._enable_peft_forward_hooks(*args, **kwargs):
             kwargs.pop("adapter_names", None)
             return self.model(*args, **kwargs)
