@@ -52,7 +52,7 @@ def save_sheet(
     if ranges is None:
         ranges = {name: value_range(spec, [maps[name] for _, _, maps in rows]) for name, spec in tasks.items()}
     heights = [COLUMN_INCHES * image.shape[0] / image.shape[1] for _, image, _ in rows]
-    shown = {name: _classes_shown(spec, [maps[name] for *_, maps in rows]) for name, spec in tasks.items()}
+    shown = {name: classes_shown(spec, [maps[name] for *_, maps in rows]) for name, spec in tasks.items()}
     legend = max([0.55, *(LEGEND_LINE_INCHES * (min(len(ids), MAX_CLASSES + 1) + 1) for ids in shown.values())])
     if any(spec.kind == "normals" for spec in tasks.values()):
         legend = max(legend, 1.1)
@@ -82,12 +82,25 @@ def _show(axis, picture: np.ndarray, title: str) -> None:
         spine.set(color="0.6", linewidth=0.5)
 
 
-def _classes_shown(spec: TaskSpec, maps: Sequence[np.ndarray]) -> list[int]:
+def classes_shown(spec: TaskSpec, maps: Sequence[np.ndarray]) -> list[int]:
     """The classes that are seen, the most frequent first."""
     if not spec.task_kind.has_classes:
         return []
     counts = sum(np.bincount(values.ravel(), minlength=spec.num_channels) for values in maps)
     return [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+
+
+def class_names(spec: TaskSpec) -> list[str]:
+    return spec.class_names or [f"class {index}" for index in range(spec.num_channels)]
+
+
+def bar_scale(spec: TaskSpec, value_range: tuple[float, float] | None) -> tuple[tuple[float, float], str] | None:
+    """The ends of a colour bar and what it measures; None where a bar cannot say what the colours mean."""
+    if spec.kind == "binary":
+        return (0.0, 1.0), "probability"
+    if value_range is None or spec.kind not in ("depth", "regression") or spec.num_channels > 1:
+        return None
+    return value_range, "metres" if spec.kind == "depth" else "value"
 
 
 def _draw_legend(axis, spec: TaskSpec, classes: list[int], value_range: tuple[float, float] | None) -> None:
@@ -96,14 +109,12 @@ def _draw_legend(axis, spec: TaskSpec, classes: list[int], value_range: tuple[fl
         _class_legend(axis, spec, classes)
     elif spec.kind == "normals":
         _normals_legend(axis)
-    elif spec.kind == "binary":
-        _bar(axis, spec, (0.0, 1.0), "probability")
-    elif value_range is not None and (spec.kind == "depth" or spec.num_channels == 1):
-        _bar(axis, spec, value_range, "metres" if spec.kind == "depth" else "value")
+    elif (scale := bar_scale(spec, value_range)) is not None:
+        _bar(axis, spec, *scale)
 
 
 def _class_legend(axis, spec: TaskSpec, classes: list[int]) -> None:
-    names = spec.class_names or [f"class {index}" for index in range(spec.num_channels)]
+    names = class_names(spec)
     colors = palette(spec.num_channels) / 255
     patches = [
         Patch(facecolor=colors[i], edgecolor="0.4", linewidth=0.5, label=names[i]) for i in classes[:MAX_CLASSES]
@@ -128,15 +139,18 @@ def _bar(axis, spec: TaskSpec, limits: tuple[float, float], label: str) -> None:
     inset.set_xlabel(label, fontsize=7, labelpad=1)
 
 
-def _normals_legend(axis) -> None:
-    """A ball, seen from the camera: the colour of every direction that can be seen."""
+def normals_ball() -> np.ndarray:
+    """A ball, seen from the camera: the colour of every direction that can be seen. uint8 (128, 128, 3)."""
     x, y = np.meshgrid(np.linspace(-1.05, 1.05, 128), np.linspace(-1.05, 1.05, 128))
     depth = 1 - x**2 - y**2
     normals = np.where(depth > 0, np.stack([x, y, -np.sqrt(np.maximum(depth, 0))]), 0.0)
     ball = draw(TaskSpec("normals"), normals)
-    ball = np.where((depth > 0)[..., None], ball, 255)
+    return np.where((depth > 0)[..., None], ball, 255).astype(np.uint8)
+
+
+def _normals_legend(axis) -> None:
     inset = axis.inset_axes((0.0, 0.14, 1.0, 0.72))
-    inset.imshow(ball)
+    inset.imshow(normals_ball())
     inset.set_axis_off()
     for place, text in (
         ((0.5, 1.02), "faces up"),

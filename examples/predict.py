@@ -52,14 +52,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="IMAGE_OR_FOLDER",
         help="folders are searched for pictures, with all below",
     )
-    add("--adapter", action="append", metavar="[NAME=]PATH",
-        help="a folder that training wrote, or a Hub id; repeat it for several adapters, each with its own tasks and "
-        "its own folder in the output; default: runs/multitask")  # fmt: skip
-    add("--output-dir", type=Path, default=Path("predictions"))
-    add("--base", help="the SAM; default: the one that the adapter was trained on")
+    add_model_arguments(parser)
+    add("--output-dir", type=Path, default=Path("predictions"), help="with several adapters a folder for each in it")
     add("--tasks", nargs="+", help="default: all that the adapter has")
     add("--batch-size", type=int, default=4)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--sheet-rows", type=int, default=64, help="pictures on the contact sheet at most, the first ones")
     args = parser.parse_args(argv)
     for name in ("batch_size", "sheet_rows"):
@@ -67,13 +63,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.output_dir.is_file():
         parser.error(f"--output-dir: {args.output_dir} is a file")
+    check_model_arguments(parser, args)
+    return args
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--adapter", action="append", metavar="[NAME=]PATH",
+        help="a folder that training wrote, or a Hub id; repeat it for several adapters, each with its own tasks; "
+        "default: runs/multitask")  # fmt: skip
+    add("--base", help="the SAM; default: the one that the adapter was trained on")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Make `args.device` a device that is there, and `args.adapters` a {name: path or Hub id}."""
     try:
         args.device = torch.device(args.device)
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device: {error}")
     args.adapters = name_adapters(parser, args.adapter or ["runs/multitask"])
-    return args
 
 
 def name_adapters(parser: argparse.ArgumentParser, given: list[str]) -> dict[str, str]:
@@ -148,17 +158,19 @@ def adapter_folder(path_or_hub_id: str) -> Path:
         raise Unusable(f"--adapter: {path_or_hub_id} is no folder, and the Hub does not give it: {error}") from error
 
 
-def adapter_tasks(folder: Path, wanted: list[str] | None) -> list[str]:
-    """Those of the wanted tasks that an adapter has; all of its tasks where none are named."""
+def adapter_tasks(folder: Path) -> list[str]:
+    """All tasks of an adapter."""
     fields, _ = read_msam_fields(folder, read_config(folder))
-    names = [task["name"] for task in fields["tasks"]]
-    return [name for name in names if wanted is None or name in wanted]
+    return [task["name"] for task in fields["tasks"]]
 
 
-def check_tasks(tasks: Mapping[str, list[str]], wanted: list[str] | None) -> None:
-    missing = [name for name in wanted or [] if not any(name in names for names in tasks.values())]
+def choose_tasks(known: Mapping[str, list[str]], wanted: list[str] | None) -> dict[str, list[str]]:
+    """Those of the wanted tasks that each adapter has; all of its tasks where none are named."""
+    everything = list(dict.fromkeys(task for tasks in known.values() for task in tasks))
+    missing = [task for task in wanted or [] if task not in everything]
     if missing:
-        raise Unusable(f"--tasks: no adapter has {missing}")
+        raise Unusable(f"--tasks: no adapter has {missing}, only {everything}")
+    return {name: [task for task in tasks if wanted is None or task in wanted] for name, tasks in known.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -193,12 +205,17 @@ def array_type(values: torch.Tensor) -> type:
 # --- Drawing --------------------------------------------------------------------------------------------------------
 
 
-def overlay(spec: pt.TaskSpec, image: np.ndarray, values: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """The map over the image, uint8 (H, W, 3); of a mask only what is in it."""
+def paint(spec: pt.TaskSpec, values: np.ndarray, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is laid over an image, (H, W, 3), and how much of each pixel it covers, (H, W, 1): of a mask what is in it."""
     if spec.kind == "binary":
-        share, color = 0.65 * values[..., None], MASK_COLOR
-    else:
-        share, color = 0.5, picture.astype(np.float64)
+        return np.broadcast_to(MASK_COLOR, picture.shape), values[..., None]
+    return picture.astype(np.float64), np.ones((*picture.shape[:2], 1))
+
+
+def overlay(spec: pt.TaskSpec, image: np.ndarray, values: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """The map over the image, uint8 (H, W, 3)."""
+    color, cover = paint(spec, values, picture)
+    share = (0.65 if spec.kind == "binary" else 0.5) * cover
     return np.rint((1 - share) * image + share * color).astype(np.uint8)
 
 
@@ -271,8 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         if not pictures:
             raise Unusable(f"there is no picture in {', '.join(map(str, args.images))}")
         folders = {name: adapter_folder(path) for name, path in args.adapters.items()}
-        tasks = {name: adapter_tasks(folder, args.tasks) for name, folder in folders.items()}
-        check_tasks(tasks, args.tasks)
+        tasks = choose_tasks({name: adapter_tasks(folder) for name, folder in folders.items()}, args.tasks)
         done = 0
         for name, folder in folders.items():
             if tasks[name]:
@@ -282,9 +298,10 @@ def main(argv: list[str] | None = None) -> int:
     except (Unusable, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(pictures) - len(skipped)} of {len(pictures)} pictures are in {args.output_dir}, see {SHEET}")
     if not done:
+        print("error: no picture could be read, so that nothing was written", file=sys.stderr)
         return 2
+    print(f"{len(pictures) - len(skipped)} of {len(pictures)} pictures are in {args.output_dir}, see {SHEET}")
     return 1 if skipped else 0
 
 

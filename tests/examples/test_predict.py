@@ -4,9 +4,8 @@ import numpy as np
 import predict as script
 import pytest
 import torch
-from peft import get_peft_model
 from PIL import Image
-from small_models import move_saved_modules
+from small_adapters import make_adapter
 
 import peft_talora as pt
 
@@ -17,12 +16,6 @@ TASKS = {
     "normals": pt.TaskSpec("normals"),
     "saliency": pt.TaskSpec("binary"),
 }
-
-
-def make_adapter(base, directory, tasks):
-    msam = pt.MSamForMultiTask.from_sam(base, tasks, channel_mode="token")
-    pt.save_adapter(move_saved_modules(get_peft_model(msam, pt.TALoraConfig(r=4))), directory)
-    return str(directory)
 
 
 @pytest.fixture
@@ -111,10 +104,18 @@ class TestRuns:
         broken.write_bytes(photo.read_bytes()[:100])
         command = ["--adapter", adapter, "--output-dir", str(output)]
         assert script.main([str(broken), str(photo), str(tmp_path / "gone.png"), *command]) == 1
-        errors = capsys.readouterr().err
-        assert str(broken) in errors and "gone.png" in errors
+        shown = capsys.readouterr()
+        assert str(broken) in shown.err and "gone.png" in shown.err
+        assert shown.out == f"1 of 3 pictures are in {output}, see contact_sheet.png\n"
         assert {path.name for path in output.iterdir()} == {"photo", "contact_sheet.png"}
-        assert script.main([str(broken), *command]) == 2
+
+    def test_without_a_readable_picture_no_sheet_is_spoken_of(self, adapter, tmp_path, capsys):
+        broken, output = tmp_path / "broken.jpg", tmp_path / "out"
+        broken.write_bytes(b"no picture")
+        assert script.main([str(broken), "--adapter", adapter, "--output-dir", str(output)]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and not output.exists()
+        assert shown.err.rstrip().endswith("error: no picture could be read, so that nothing was written")
 
     def test_its_own_output_is_no_input(self, adapter, photo, tmp_path):
         command = [
@@ -148,7 +149,8 @@ def test_wrong_arguments(adapter, photo, tmp_path, capsys):
         assert code == 2
         return capsys.readouterr().err
 
-    assert "no adapter has ['flow']" in message(photo, "--adapter", adapter, "--tasks", "depth", "flow")
+    unknown = message(photo, "--adapter", adapter, "--tasks", "depth", "flow")
+    assert "no adapter has ['flow'], only ['semantic', 'depth', 'normals', 'saliency']" in unknown
     assert "there is no folder" in message(photo, "--adapter", tmp_path / "nothing")
     assert "there is no picture" in message(tmp_path / "first", "--adapter", adapter)
     assert "--batch-size must be at least 1, got 0" in message(photo, "--batch-size", 0)
