@@ -29,6 +29,7 @@ from peft_talora.drawing import draw
 from peft_talora.files import written_aside
 from peft_talora.image_files import IMAGE_SUFFIXES, read_image
 from peft_talora.msam.loading import checkpoint_type, load_sam
+from peft_talora.msam.processing import check_sides
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contact_sheet import save_sheet, value_range
@@ -128,14 +129,18 @@ def find_pictures(given: list[Path], output_dir: Path) -> dict[str, Path]:
     return pictures
 
 
-def read_batches(pictures: Mapping[str, Path], size: int, skip: Callable[[Path, str], None]) -> Iterator[list]:
-    """Lists of (name, image); pictures that cannot be read are given to `skip`."""
+def read_batches(
+    pictures: Mapping[str, Path], size: int, image_size: int, skip: Callable[[Path, str], None]
+) -> Iterator[list]:
+    """Lists of (name, image); pictures that cannot be read, or not be shown to the model, are given to `skip`."""
     batch = []
     for name, file in pictures.items():
         try:
-            batch.append((name, read_image(file)))
+            image = read_image(file)
+            check_sides(image.shape[:2], image_size)
+            batch.append((name, image))
         except ValueError as error:
-            skip(file, str(error))
+            skip(file, str(error) if str(file) in str(error) else f"{file}: {error}")
         if len(batch) == size:
             yield batch
             batch = []
@@ -260,7 +265,7 @@ def run_adapter(args: argparse.Namespace, folder: Path, tasks: list[str], output
             skip(file, why)
             progress.update()
 
-        for batch in read_batches(pictures, args.batch_size, skip_one):
+        for batch in read_batches(pictures, args.batch_size, processor.image_size, skip_one):
             results = predict(model, processor, [image for _, image in batch], tasks)
             for (name, image), maps in zip(batch, results, strict=True):
                 save_picture(output / name, name, image, maps, specs)

@@ -100,6 +100,8 @@ class MSamProcessor:
         arrays = [image_array(image) for image in ([images] if single else images)]
         if not arrays:
             raise ValueError("expected at least one image, got an empty list")
+        for image in arrays:
+            check_sides(image.shape[:2], self.image_size)
         batch = MSamBatch(dict(self._images(arrays, input_data_format="channels_last", return_tensors="pt")))
         for key in ("original_sizes", "reshaped_input_sizes"):
             batch[key] = torch.as_tensor(np.asarray(batch[key]), dtype=torch.long)
@@ -197,6 +199,15 @@ def reshaped_size(size: Sequence[int], image_size: int) -> Size:
     """(height, width) of an image whose longest side was resized to ``image_size``, as SAM's processor rounds it."""
     scale = image_size * 1.0 / max(size)
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+
+
+def check_sides(size: Sequence[int], image_size: int) -> None:
+    """Refuse an image (height, width) so thin that nothing of its shorter side is left at the model's resolution."""
+    if min(reshaped_size(size, image_size)) < 1:
+        raise ValueError(
+            f"an image of {size[0]} x {size[1]} pixels (height x width) is too thin: where its longer side has "
+            f"{image_size} pixels, the shorter one has none"
+        )
 
 
 def image_array(image: Any) -> np.ndarray:

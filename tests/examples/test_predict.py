@@ -102,11 +102,12 @@ class TestRuns:
     def test_unreadable_pictures_are_named_and_skipped(self, adapter, photo, tmp_path, capsys):
         broken, output = tmp_path / "broken.jpg", tmp_path / "out"
         broken.write_bytes(photo.read_bytes()[:100])
-        command = ["--adapter", adapter, "--output-dir", str(output)]
-        assert script.main([str(broken), str(photo), str(tmp_path / "gone.png"), *command]) == 1
+        Image.fromarray(np.zeros((1, 900, 3), np.uint8)).save(tmp_path / "thin.png")
+        pictures = [broken, photo, tmp_path / "gone.png", tmp_path / "thin.png"]
+        assert script.main([*map(str, pictures), "--adapter", adapter, "--output-dir", str(output)]) == 1
         shown = capsys.readouterr()
-        assert str(broken) in shown.err and "gone.png" in shown.err
-        assert shown.out == f"1 of 3 pictures are in {output}, see contact_sheet.png\n"
+        assert str(broken) in shown.err and "gone.png" in shown.err and "thin.png: an image of 1 x 900" in shown.err
+        assert shown.out == f"1 of 4 pictures are in {output}, see contact_sheet.png\n"
         assert {path.name for path in output.iterdir()} == {"photo", "contact_sheet.png"}
 
     def test_without_a_readable_picture_no_sheet_is_spoken_of(self, adapter, tmp_path, capsys):

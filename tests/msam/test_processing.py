@@ -72,6 +72,7 @@ def test_every_form_of_an_image_gives_the_same():
         (np.full((3, 4, 4), 7.0), "to 7"),
         (np.zeros((4, 4, 3), np.int64), "int64"),
         ([], "empty"),
+        (np.zeros((1, 2000, 3), np.uint8), "1 x 2000 pixels"),
     ],
 )
 def test_impossible_image(image, message):
