@@ -88,6 +88,8 @@ class TALoraLayer(PluginLayer):
         if init_weights is True:
             for factor in (U1, U2, U3):
                 nn.init.normal_(factor)
+        elif init_weights == "split":
+            _split_init(G, U1, U2, U3)
         elif init_weights == "lora":
             _lora_init(G, U1, U2, U3)
         elif init_weights == "orthogonal":
@@ -125,17 +127,40 @@ def _normalized_init(U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> No
     nn.init.normal_(U3, std=math.sqrt(math.pi / 2.0) / v)
 
 
+def _split_init(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
+    """Start as a LoRA for each task: M_t = diag(rank a belongs to task t), A = U1^T with LoRA's own start, B = s U2 zero.
+
+    Rank a and task t belong together where a = t modulo the number of shares, that of the tasks unless there are fewer
+    slices or ranks. A rank then gets the gradient of its task alone. The slices that are left over start at zero and belong
+    to all tasks: what grows there couples them.
+    """
+    _lora_factors(U1, U2)
+    shares = min(*G.shape, len(U3))
+    ranks, tasks = torch.arange(min(G.shape[:2])), torch.arange(len(U3))
+    G[ranks, ranks, ranks % shares] = 1.0
+    U3.zero_()
+    U3[tasks, tasks % shares] = 1.0
+    U3[:, shares:] = 1.0
+
+
 def _lora_init(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
     """Start as one LoRA that all tasks share: M_t = I, A = U1^T with LoRA's own start, and B = s U2 zero.
 
-    With G zero a first step reaches only the span of q random output directions; with U2 zero it reaches all of them,
-    exactly as LoRA's does. The rows of U3 are random with sum 1, so that the slices of G part and the tasks with them.
+    The rows of U3 are random with sum 1, so that the slices of G part and the tasks with them.
     """
-    nn.init.kaiming_uniform_(U1.T, a=math.sqrt(5))
-    nn.init.zeros_(U2)
+    _lora_factors(U1, U2)
     G.copy_(torch.eye(*G.shape[:2], dtype=G.dtype, device=G.device)[:, :, None].expand_as(G))
     nn.init.normal_(U3).abs_()
     U3.div_(U3.sum(dim=1, keepdim=True))
+
+
+def _lora_factors(U1: torch.Tensor, U2: torch.Tensor) -> None:
+    """LoRA's start of A and B in U1 and U2.
+
+    With G zero a first step reaches only the span of q random output directions; with U2 zero it reaches all of them.
+    """
+    nn.init.kaiming_uniform_(U1.T, a=math.sqrt(5))
+    nn.init.zeros_(U2)
 
 
 def _eye_like(gram: torch.Tensor) -> torch.Tensor:

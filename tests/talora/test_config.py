@@ -57,7 +57,7 @@ class TestValidation:
         with pytest.raises(ValueError, match=message):
             TALoraConfig(**config)
 
-    @pytest.mark.parametrize("init_weights", [True, False, "lora", "orthogonal", "normalized"])
+    @pytest.mark.parametrize("init_weights", [True, False, "split", "lora", "orthogonal", "normalized"])
     def test_every_start_is_accepted(self, init_weights):
         assert TALoraConfig(init_weights=init_weights).init_weights is init_weights
 
@@ -65,7 +65,7 @@ class TestValidation:
         config = TALoraConfig()
         assert (config.r, config.r_in, config.r_out, config.r_task, config.scaling) == (32, None, None, 4, 0.5)
         assert (config.rank_in, config.rank_out) == (32, 32)
-        assert config.init_weights == "lora" and config.ortho_reg_weight == 0.0 and config.talora_dropout == 0.0
+        assert config.init_weights == "split" and config.ortho_reg_weight == 0.0 and config.talora_dropout == 0.0
         config = TALoraConfig(r=8, r_in=5, r_out=7)
         assert (config.rank_in, config.rank_out) == (5, 7)
 

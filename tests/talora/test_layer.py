@@ -253,6 +253,41 @@ class TestInit:
         model(x).sin().sum().backward()
         assert (G.grad[:, :, 0] - G.grad[:, :, 1]).abs().max() > 1e-6 and U3.grad[0].any() and not U3.grad[1].any()
 
+    def test_split_start_deals_the_ranks_out_to_the_tasks(self):
+        model, layer = tuned_linear(in_features=40, init_weights="split", r_in=8, r_out=7, r_task=4)
+        G, U1, U2, U3 = factors_of(layer)
+        x = torch.randn(6, 40, dtype=torch.float64)
+        assert not U2.any() and torch.equal(model(x), layer.get_base_layer()(x))
+        assert U1.abs().max() <= 40**-0.5 and U1.std() > 0.4 * 40**-0.5
+        for task, own in enumerate([(0, 3, 6), (1, 4), (2, 5)]):
+            expected = torch.zeros(8, 7, dtype=torch.float64)
+            for rank in own:
+                expected[rank, rank] = 0.5
+            assert torch.equal(layer._core("default", task), expected)
+        with model.base_model.use_task([1, 1, 1, 1, 1, 1]):
+            model(x).sin().sum().backward()
+        # a task moves its own ranks alone
+        assert [bool(column.any()) for column in U2.grad.T] == [rank % 3 == 1 for rank in range(7)]
+        with torch.no_grad():
+            U2.sub_(0.1 * U2.grad)
+        model.zero_grad()
+        with model.base_model.use_task([0, 1, 2, 0, 1, 2]):
+            model(x).sin().sum().backward()
+        # nothing is dead: the slice that is left over, and what couples the tasks, get gradients
+        assert G.grad[:, :, 3].any() and G.grad[0, 1].any() and U3.grad[1].any() and U1.grad[:, 1].any()
+
+    @pytest.mark.parametrize(
+        ("tasks", "ranks", "slices", "shares"), [(5, 4, 3, 3), (5, 2, 8, 2), (2, 6, 1, 1), (1, 4, 4, 1), (7, 8, 7, 7)]
+    )
+    def test_split_start_of_any_shape(self, tasks, ranks, slices, shares):
+        names = [f"t{index}" for index in range(tasks)]
+        _, layer = tuned_linear(tasks=names, init_weights="split", r_in=ranks, r_out=ranks, r_task=slices)
+        cores = [layer._core("default", task) / 0.5 for task in range(tasks)]
+        for task, core in enumerate(cores):
+            assert core.any() and torch.equal(core, cores[task % shares])
+        # together they hold every rank once
+        assert torch.equal(sum(cores[:shares]), torch.eye(ranks, dtype=torch.float64))
+
     def test_published_start_is_standard_normal(self):
         _, layer = tuned_linear(200, 210, tasks=[f"t{i}" for i in range(100)], r=64, r_in=None, r_out=None, r_task=50,
                                 init_weights=True)  # fmt: skip
