@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import train_multitask
 from comparison.jobs import Job, run_all
 from comparison.plan import BASELINE, METHODS, Amount, Entry, Plan, matching_ranks
 from comparison.report import draw, markdown
@@ -153,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     args, common = parse_args(argv)
     base = str(Path(__file__).parent / "tiny_sam") if args.base == "tiny_sam" else args.base
     tasks = tuple(args.tasks)
-    plan = Plan(args.output_dir, tasks, matching_ranks(base, args.rank, tasks), ("--base", args.base, *common))
+    ranks, steps = matching_ranks(base, args.rank, tasks), train_multitask.parse_args(common).steps
+    plan = Plan(args.output_dir, tasks, ranks, ("--base", args.base, *common), steps)
     run = Runner(args)
     rates, tuned = tune(plan, args, run)
     wanted = cells(args)

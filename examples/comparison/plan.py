@@ -109,12 +109,14 @@ class Plan:
         tasks: The tasks.
         ranks: {method: rank} of those that have no rank of their own.
         common: Further arguments of the training script.
+        steps: Its steps.
     """
 
     output_dir: Path
     tasks: tuple[str, ...]
     ranks: Mapping[str, int]
     common: tuple[str, ...] = ()
+    steps: int = 240
 
     def jobs(
         self, entry: Entry, rates: Mapping[str, float], amount: Amount, seed: int, split: str = "test"
@@ -133,6 +135,9 @@ class Plan:
             options += ["--rank", str(rank)]
         if amount.one_task_each:
             options += ["--one-task-each", *self.tasks]
+            if not entry.method.per_task:
+                # as many labelled images of every task, and as many encoder passes, as where each has a model
+                options += ["--steps", str(len(self.tasks) * self.steps)]
         parts = [f"{amount.images}{'-one-task-each' if amount.one_task_each else ''}-{split}", str(entry),
                  f"rate-{rates[entry.name]:g}", f"seed-{seed}"]  # fmt: skip
         folder = self.output_dir.joinpath("runs", *parts)

@@ -92,6 +92,12 @@ class TestPlan:
         parts = plan.jobs(Entry("lora_per_task"), rates, Amount(16), 5)
         assert [(task, job.arguments[-2:]) for task, job in parts.items()] == [(t, ("--tasks", t)) for t in TASKS]
 
+    def test_images_labelled_for_one_task_are_seen_as_often_in_one_model_as_in_several(self, tmp_path):
+        plan, amount = Plan(tmp_path, TASKS, {}, steps=7), Amount(16, one_task_each=True)
+        (joint,) = plan.jobs(Entry("lora"), {"lora": 0.1}, amount, 0).values()
+        own = plan.jobs(Entry("lora_per_task"), {"lora_per_task": 0.1}, amount, 0)
+        assert option(joint, "--steps") == "14" and all("--steps" not in job.arguments for job in own.values())
+
     def test_ranks_with_as_many_parameters(self, base):
         # two layers of 32 -> 96: LoRA has 128 r, TA-LoRA 128 r + r r 4 and 4 for each task
         config = pt.msam.loading.load_sam(base).config.vision_config
