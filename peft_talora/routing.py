@@ -27,6 +27,21 @@ _LIVE_ROUTERS: weakref.WeakSet[TaskRouter] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, eq=False)
+class Copies:
+    """A layer whose input is the same for all copies of a sample, which stand for its tasks and part in this layer.
+
+    Args:
+        layer: The layer.
+        samples: How many samples there are.
+        number: How many copies each of them has; they follow each other.
+    """
+
+    layer: nn.Module
+    samples: int
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
 class Routing:
     """The tasks of one forward.
 
@@ -35,12 +50,14 @@ class Routing:
         source: The request as the caller gave it.
         recomputing: Whether activation checkpointing replays a forward.
         adapter_names: The adapter of each sample, where they differ.
+        copies: The layer where the copies of a sample part, where there are any.
     """
 
     by_adapter: dict[str, int | torch.Tensor]
     source: Any = None
     recomputing: bool = False
     adapter_names: tuple[str, ...] | None = None
+    copies: Copies | None = None
 
 
 class _ThreadRouting(threading.local):
@@ -96,6 +113,11 @@ class TaskRouter:
     def adapter_names(self) -> tuple[str, ...] | None:
         """The adapter of each sample, or None where all samples use the active ones."""
         return None if self.override is None else self.override.adapter_names
+
+    def copies_in(self, layer: nn.Module) -> Copies | None:
+        """The copies of each sample that are still the same in the input of `layer`; None where there are none."""
+        copies = None if self.override is None else self.override.copies
+        return copies if copies is not None and copies.layer is layer else None
 
     def add(self, adapter_name: str, tasks: Sequence[str]) -> None:
         """Register an adapter; its first task becomes active. Registering the same tasks again changes nothing."""
