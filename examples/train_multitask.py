@@ -73,7 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--base", default="tiny_sam", help="the SAM: tiny_sam, a path, or a Hub id such as facebook/sam-vit-base")
-    add("--dataset", default="scenes", help="scenes (rendered here), a folder of parquet files, or a Hub id")
+    add("--dataset", default="scenes", help="scenes (rendered here), a folder of parquet files, a Hub id, "
+        "or folder:PATH, cityscapes:PATH, pascal_context:PATH for files as they are")  # fmt: skip
     add("--num-train", type=int, default=512, help="rendered scenes to train on")
     add("--num-test", type=int, default=64, help="rendered scenes to test on")
     add("--tasks", nargs="+", help="semantic depth normals saliency edges parts; default: all that have labels, "
@@ -551,7 +552,7 @@ def main(argv: list[str] | None = None) -> None:
     model, processor, results, seconds = train(accelerator, args, data, arguments, checkpoints, checkpoint)
 
     if accelerator.is_main_process:
-        pt.save_adapter(model, args.output_dir, metrics=results)
+        pt.save_adapter(model, args.output_dir, metrics=results, dataset=args.dataset)
         processor.save_pretrained(args.output_dir)
         if args.push_to_hub:
             pt.push_adapter(model, args.push_to_hub, metrics=results, dataset=args.dataset)

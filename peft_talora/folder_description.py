@@ -171,7 +171,7 @@ def _spec(kind: str, fields: Mapping[str, Any], where: str) -> TaskSpec:
 
 
 def _ignore(kind: str, fields: Mapping[str, Any], where: str) -> tuple[float, ...]:
-    usual = [IGNORE_INDEX] if kind in ("semantic", "parts") or (kind == "binary" and "threshold" not in fields) else []
+    usual = [IGNORE_INDEX] if kind in ("semantic", "parts") else []
     if usual and fields.get("num_classes", len(fields.get("class_names") or [])) > IGNORE_INDEX:
         usual = []
     values = fields.get("ignore", usual)

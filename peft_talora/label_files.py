@@ -8,6 +8,7 @@ import numpy as np
 
 from .folder_description import TaskFiles
 from .image_files import read_values
+from .task_columns import IGNORE_INDEX
 
 UNLABELLED_CLASS = -1
 # A normal that is shorter in its file says nothing: 8 bits leave unit vectors far above.
@@ -83,7 +84,13 @@ def _mask(values: np.ndarray, task: TaskFiles) -> np.ndarray:
     ignored = _is_ignored(values, task) | ~np.isfinite(values)
     if task.threshold is not None:
         return np.where(ignored, UNLABELLED_CLASS, values >= task.threshold).astype(np.int64)
-    ignored |= values < 0
+    white = values == IGNORE_INDEX
+    if white.any() and not task.ignore and not (values == 1).any():
+        raise ValueError(
+            f"a mask with {IGNORE_INDEX}, which means unlabelled, and without 1: say `threshold: 128` where white is what is "
+            f"to be found, `ignore: {IGNORE_INDEX}` where it is unlabelled"
+        )
+    ignored |= (values < 0) | (white & (not task.ignore))
     odd = values[~ignored & (values != 0) & (values != 1)]
     if odd.size:
         raise ValueError(f"a mask holds 0 and 1, this one {odd[0]:g}: say `threshold` for other masks")

@@ -52,7 +52,8 @@ def test_what_is_not_possible(values, message):
 def test_defaults():
     found = parse_description({"tasks": {**GOOD, "saliency": {}}}, "dataset")
     assert (found.images, found.splits) == ("images", {})
-    assert found.tasks["semantic"].ignore == found.tasks["saliency"].ignore == (255,)
+    # of a mask the file's numbers decide what 255 means
+    assert found.tasks["semantic"].ignore == (255,) and found.tasks["saliency"].ignore == ()
     assert found.tasks["saliency"].files == ("saliency",) and found.tasks["saliency"].spec.kind == "binary"
 
 

@@ -42,6 +42,13 @@ def test_masks(read):
     spec = TaskSpec("binary")
     assert read(np.array([[0, 1, 255]], dtype=np.uint8), spec, ignore=(255,)).tolist() == [[0, 1, -1]]
     assert read(np.array([[0, 127, 128, 255]], dtype=np.uint8), spec, threshold=128).tolist() == [[0, 0, 1, 1]]
+    # 255 is unlabelled where it is not said, too, unless it looks like white
+    assert read(np.array([[0, 1, 255]], dtype=np.uint8), spec).tolist() == [[0, 1, -1]]
+    assert read(np.array([[0, 255]], dtype=np.uint8), spec, ignore=(255,)).tolist() == [[0, -1]]
+    with pytest.raises(
+        ValueError, match=r"x\.png \(dataset: tasks\.x\): a mask with 255.*`threshold: 128`.*`ignore: 255`"
+    ):
+        read(np.array([[0, 255]], dtype=np.uint8), spec)
     with pytest.raises(ValueError, match=r"x\.png \(dataset: tasks\.x\): a mask holds 0 and 1, this one 7"):
         read(np.array([[0, 7]], dtype=np.uint8), spec)
 

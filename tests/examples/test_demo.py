@@ -129,13 +129,13 @@ class TestResults:
             save(picture(seed=seed), path)
 
         def use(path):
-            result = results.get(path, "rooms", ["depth"])
-            return unzipped(result.archive.result())["depth"]
+            result = results.get(path, "rooms", ["saliency"])
+            return unzipped(result.archive.result())["saliency"]
 
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(use, photos))
         for seed, values in enumerate(found):
-            expected = predicted(adapters["rooms"], picture(seed=seed), "depth")["depth"]
+            expected = predicted(adapters["rooms"], picture(seed=seed), "saliency")["saliency"]
             np.testing.assert_allclose(values, expected, atol=1e-5)
         assert np.abs(found[0] - found[1]).max() > 1e-3
 
