@@ -32,18 +32,18 @@ class Rows(torch.utils.data.Dataset):
             "depth": brightness[None].exp() if index % 2 else torch.zeros(1, 32, 32),
             "saliency": (brightness > 0).float()[None],
         }
-        return {"pixel_values": pixels, "labels": labels}
+        return {"pixel_values": pixels.double(), "labels": labels}
 
 
 def tuned(sam, method):
-    msam = MSamForMultiTask.from_sam(sam.float(), TASKS)
+    msam = MSamForMultiTask.from_sam(sam.double(), TASKS)
     modules = default_modules_to_save(msam)
     configs = {
         "talora": TALoraConfig(r=2),
         "convlora": ConvLoraConfig(),
         "lora": LoraConfig(r=2, target_modules=["qkv"], modules_to_save=modules),
     }
-    return get_peft_model(msam, configs[method])
+    return get_peft_model(msam, configs[method], autocast_adapter_dtype=False)
 
 
 def make_trainer(model, directory, **changes):
@@ -94,7 +94,7 @@ def test_what_it_saves_loads(sam, tmp_path):
         loaded = MSamForMultiTask.from_adapter(tmp_path / name, base_model=sam).eval()
         logits = loaded(**batch).logits
         for task in TASKS:
-            torch.testing.assert_close(logits[task], expected[task], rtol=0, atol=1e-5, msg=f"{name}: {task}")
+            torch.testing.assert_close(logits[task], expected[task], rtol=0, atol=1e-6, msg=f"{name}: {task}")
 
 
 def test_gradient_checkpointing_gives_the_same_losses(sam, tmp_path):
@@ -104,4 +104,4 @@ def test_gradient_checkpointing_gives_the_same_losses(sam, tmp_path):
         trainer = make_trainer(tuned(sam, "talora"), tmp_path, max_steps=3, **changes)
         trainer.train()
         losses.append([float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3

@@ -733,14 +733,15 @@ class TestTraining:
             torch.testing.assert_close(checkpointed[name], value, rtol=0, atol=1e-10, msg=name)
 
     def test_a_few_steps_lower_the_loss(self, sam):
-        model = get_peft_model(make(sam), TALoraConfig(r=4), autocast_adapter_dtype=False).train()
+        # four ranks for each of the three tasks
+        model = get_peft_model(make(sam), TALoraConfig(r=12), autocast_adapter_dtype=False).train()
         pixels = images()
         labels = {
             "semantic": torch.ones(2, 8, 8, dtype=torch.long),
             "depth": torch.full((2, 1, 8, 8), 2.0),
             "normals": torch.tensor([0.0, 0.0, 1.0])[None, :, None, None].expand(2, 3, 8, 8),
         }
-        losses = train(model, lambda: model(pixels, labels=labels).loss, steps=60)
+        losses = train(model, lambda: model(pixels, labels=labels).loss, steps=30)
         assert losses[-1] < 0.5 * losses[0]
 
     def test_autocast(self, sam):
