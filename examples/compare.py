@@ -26,6 +26,7 @@ from comparison.plan import BASELINE, METHODS, Amount, Entry, Plan, matching_ran
 from comparison.report import draw, markdown
 from comparison.results import Result, read_result
 
+from peft_talora import delta_b
 from peft_talora.files import written_aside
 
 FEW_IMAGES = (16, 64, 256)
@@ -111,18 +112,12 @@ def tune(plan: Plan, args: argparse.Namespace, run: Runner) -> tuple[dict[str, f
         base = read_result(plan, Entry(BASELINE), rates, amount, seed, "validation")
         for name, rate in tried:
             result = read_result(plan, Entry(name), rates | {name: rate}, amount, seed, "validation")
-            gain = None if result is None or base is None else gain_over(result, base)
+            gain = None if result is None or base is None else delta_b(result.tasks, base.tasks)
             trials.append({"method": name, "rate": rate, "delta_b": gain})
         for name in group:
             gains = {t["rate"]: t["delta_b"] for t in trials if t["method"] == name and t["delta_b"] is not None}
             rates[name] = max(gains, key=gains.get, default=rates[name])
     return rates, trials
-
-
-def gain_over(result: Result, base: Result) -> float | None:
-    from peft_talora import delta_b
-
-    return delta_b(result.tasks, base.tasks)
 
 
 def cells(args: argparse.Namespace) -> list[tuple[Entry, Amount, int]]:

@@ -90,8 +90,14 @@ def classes_shown(spec: TaskSpec, maps: Sequence[np.ndarray]) -> list[int]:
     return [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
 
 
-def class_names(spec: TaskSpec) -> list[str]:
-    return spec.class_names or [f"class {index}" for index in range(spec.num_channels)]
+def class_entries(spec: TaskSpec, classes: Sequence[int]) -> list[tuple[np.ndarray | None, str]]:
+    """A legend of these classes: (colour, name) of each, and without a colour how many are left out at the end."""
+    names = spec.class_names or [f"class {index}" for index in range(spec.num_channels)]
+    colors = palette(spec.num_channels)
+    entries = [(colors[index], names[index]) for index in classes[:MAX_CLASSES]]
+    if len(classes) > MAX_CLASSES:
+        entries.append((None, f"and {len(classes) - MAX_CLASSES} more"))
+    return entries
 
 
 def bar_scale(spec: TaskSpec, value_range: tuple[float, float] | None) -> tuple[tuple[float, float], str] | None:
@@ -114,13 +120,12 @@ def _draw_legend(axis, spec: TaskSpec, classes: list[int], value_range: tuple[fl
 
 
 def _class_legend(axis, spec: TaskSpec, classes: list[int]) -> None:
-    names = class_names(spec)
-    colors = palette(spec.num_channels) / 255
     patches = [
-        Patch(facecolor=colors[i], edgecolor="0.4", linewidth=0.5, label=names[i]) for i in classes[:MAX_CLASSES]
+        Patch(facecolor="none", label=name)
+        if color is None
+        else Patch(facecolor=color / 255, edgecolor="0.4", linewidth=0.5, label=name)
+        for color, name in class_entries(spec, classes)
     ]
-    if len(classes) > MAX_CLASSES:
-        patches.append(Patch(facecolor="none", label=f"and {len(classes) - MAX_CLASSES} more"))
     axis.legend(
         handles=patches, loc="upper left", fontsize=7, frameon=False, borderaxespad=0, labelspacing=0.3,
         handlelength=1.2, ncols=2 if len(patches) > 4 and max(len(patch.get_label()) for patch in patches) < 20 else 1,

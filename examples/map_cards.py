@@ -11,12 +11,12 @@ from html import escape
 from io import BytesIO
 
 import numpy as np
-from contact_sheet import MAX_CLASSES, bar_scale, class_names, classes_shown, normals_ball, value_range
+from contact_sheet import bar_scale, class_entries, classes_shown, normals_ball, value_range
 from PIL import Image
 from predict import paint, thumbnail
 
 from peft_talora import TaskSpec
-from peft_talora.drawing import draw, palette
+from peft_talora.drawing import draw
 
 SHOWN_SIDE = 1024  # longest side of a picture on the page, in pixels
 BAR_STEPS = 13  # colours of a bar's gradient; a multiple of what depth's colours lie between, and one
@@ -86,12 +86,10 @@ def _legend(spec: TaskSpec, values: np.ndarray, limits: tuple[float, float] | No
 
 def _classes(spec: TaskSpec, values: np.ndarray) -> str:
     """The classes that are seen, the most frequent first."""
-    shown, names, colors = classes_shown(spec, [values]), class_names(spec), palette(spec.num_channels)
-    words = [
-        f'<span><i style="background: {_css(colors[i])}"></i>{escape(names[i])}</span>' for i in shown[:MAX_CLASSES]
-    ]
-    if len(shown) > MAX_CLASSES:
-        words.append(f"<span>and {len(shown) - MAX_CLASSES} more</span>")
+    words = []
+    for color, name in class_entries(spec, classes_shown(spec, [values])):
+        patch = "" if color is None else f'<i style="background: {_css(color)}"></i>'
+        words.append(f"<span>{patch}{escape(name)}</span>")
     return "".join(words)
 
 

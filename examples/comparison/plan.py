@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from train_multitask import ADAPTER_LR
+from train_multitask import ADAPTER_LR, parse_args
 from transformers import SamVisionModel
 
 import peft_talora as pt
@@ -17,7 +17,8 @@ from peft_talora.msam.loading import load_sam
 
 from .jobs import Job
 
-DECODER_LR = 1e-3
+# what the training script does unless it is told otherwise
+DEFAULTS = parse_args([])
 # the learning rates that are tried, of every method: its default times these
 RATE_FACTORS = (0.4, 1.0, 2.5)
 
@@ -41,7 +42,7 @@ class Method:
     @property
     def rates(self) -> list[float]:
         """The learning rates that are tried."""
-        default = DECODER_LR if self.method == "decoder" else ADAPTER_LR[self.method]
+        default = DEFAULTS.decoder_lr if self.method == "decoder" else ADAPTER_LR[self.method]
         return [float(f"{factor * default:.2g}") for factor in RATE_FACTORS]
 
     @property
@@ -116,7 +117,7 @@ class Plan:
     tasks: tuple[str, ...]
     ranks: Mapping[str, int]
     common: tuple[str, ...] = ()
-    steps: int = 240
+    steps: int = DEFAULTS.steps
 
     def jobs(
         self, entry: Entry, rates: Mapping[str, float], amount: Amount, seed: int, split: str = "test"
@@ -127,7 +128,7 @@ class Plan:
         """
         options = ["--method", entry.method.method, "--seed", str(seed), "--num-train", str(amount.images),
                    "--evaluate-on", split, *self.common]  # fmt: skip
-        decoder_rate = rates.get(BASELINE, DECODER_LR)
+        decoder_rate = rates.get(BASELINE, DEFAULTS.decoder_lr)
         named = {"--decoder-lr": decoder_rate} | dict.fromkeys(entry.method.rate_options, rates[entry.name])
         options += [word for option, rate in named.items() for word in (option, str(rate))]
         rank = entry.rank or self.ranks.get(entry.name)

@@ -31,13 +31,13 @@ class TALoraConfig(TargetsConfig):
             Three booleans for a fused q/k/v projection: which thirds of its output are updated. None updates the
             whole output, of any layer.
         init_weights (`bool` or `str`):
-            "split" starts as a LoRA of its own for every task: the ranks are dealt out to the tasks in turn, so that no
-            task's gradient disturbs another's, and what tasks have in common is learnt from there. "lora" starts as one LoRA
-            that all tasks share: M_t = I. In both U1 is drawn as LoRA's A, and U2 is zero in the place of LoRA's B, so that
-            LoRA's learning rates fit. In the other starts G is zero: `True` is the
-            published one (U1, U2, U3 ~ N(0, 1)), which needs learning rates some hundred times smaller; "orthogonal" has
-            U1 and U2 with orthonormal columns; "normalized" scales U1, U2 and U3 so that the same optimiser step moves
-            the weight as much as in LoRA of the same rank and scaling. `False` leaves nothing zero (for tests).
+            "split" starts as a LoRA of its own for every task: the ranks are dealt out to the tasks in turn, so that at
+            first no task's gradient disturbs another's, and what tasks have in common is learnt from there. "lora"
+            starts as one LoRA that all tasks share: M_t = I. In both U1 is drawn as LoRA's A, and U2 is zero in the
+            place of LoRA's B, so that LoRA's learning rates fit. In the other starts G is zero: `True` is the published
+            one (U1, U2, U3 ~ N(0, 1)), which needs learning rates some hundred times smaller; "orthogonal" has U1 and
+            U2 with orthonormal columns; "normalized" scales U1, U2 and U3 so that the same optimiser step moves the
+            weight as much as in LoRA of the same rank and scaling. `False` leaves nothing zero (for tests).
         ortho_reg_weight (`float`):
             Weight of the orthogonality regulariser (MTSAM), see [`auxiliary_loss`]. 0 switches it off.
         target_modules (`list[str]` or `str`, *optional*):
@@ -82,9 +82,9 @@ class TALoraConfig(TargetsConfig):
         default="split",
         metadata={
             "help": (
-                "'split': as a LoRA for each task, of its share of the ranks. 'lora': as one LoRA shared by all tasks. True: the published start. 'orthogonal': U1 and U2 with "
-                "orthonormal columns. 'normalized': factors scaled so that a step moves the weight as much as in LoRA. "
-                "False: nothing zero, for tests."
+                "'split': as a LoRA for each task, of its share of the ranks. 'lora': as one LoRA shared by all tasks. "
+                "True: the published start. 'orthogonal': U1 and U2 with orthonormal columns. 'normalized': factors "
+                "scaled so that a step moves the weight as much as in LoRA. False: nothing zero, for tests."
             )
         },
     )

@@ -221,7 +221,11 @@ class TALoraLinear(nn.Module, TALoraLayer):
             return self.base_layer(x, *args, **kwargs)
 
         copies = self.task_router.copies_in(self)
-        result = self.base_result(x, *args, **kwargs) if copies is None else self._base_result_once(x, copies)
+        result = (
+            self.base_result(x, *args, **kwargs)
+            if copies is None
+            else self._base_result_once(copies, x, *args, **kwargs)
+        )
         if self.task_router.adapter_names is not None:
             return self._add_mixed_adapters(result, x, self.task_router.adapter_names)
         result_dtype = result.dtype
@@ -231,11 +235,11 @@ class TALoraLinear(nn.Module, TALoraLayer):
                 result = add_product(result, hidden, self._padded_U2(adapter_name))
         return result.to(result_dtype)
 
-    def _base_result_once(self, x: torch.Tensor, copies: Copies) -> torch.Tensor:
+    def _base_result_once(self, copies: Copies, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output for copies with the same input, (rows, ..., d) -> (rows, ..., k), computed once for all."""
         # a copy's parts (SAM's windows) follow each other
         first = x.reshape(copies.samples, copies.number, -1, *x.shape[1:])[:, 0]
-        result = self.base_result(first.flatten(0, 1))
+        result = self.base_result(first.flatten(0, 1), *args, **kwargs)
         result = result.reshape(copies.samples, 1, -1, *result.shape[1:])
         return result.expand(-1, copies.number, *result.shape[2:]).flatten(0, 2)
 
