@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 import peft_talora as pt
-from peft_talora.files import written_aside
+from peft_talora.saving.directory import written_aside
 
 RECORD_FILE = "checkpoint.json"
 STATE_FILE = "training_state.pt"

@@ -27,7 +27,7 @@ from comparison.report import draw, markdown
 from comparison.results import Result, read_result
 
 from peft_talora import delta_b
-from peft_talora.files import written_aside
+from peft_talora.saving.directory import written_aside
 
 FEW_IMAGES = (16, 64, 256)
 # where few labels are compared: those between which somebody with few labels would choose

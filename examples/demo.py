@@ -33,7 +33,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 
 import peft_talora as pt
-from peft_talora.image_files import read_image
+from peft_talora.data.images import read_image
 
 sys.path.insert(0, str(Path(__file__).parent))
 import map_cards

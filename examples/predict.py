@@ -24,12 +24,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import peft_talora as pt
-from peft_talora.adapter_files import read_config, read_msam_fields
+from peft_talora.data.images import IMAGE_SUFFIXES, read_image
 from peft_talora.drawing import draw
-from peft_talora.files import written_aside
-from peft_talora.image_files import IMAGE_SUFFIXES, read_image
 from peft_talora.msam.loading import checkpoint_type, load_sam
 from peft_talora.msam.processing import check_sides
+from peft_talora.saving.description import read_config, read_msam_fields
+from peft_talora.saving.directory import written_aside
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contact_sheet import save_sheet, value_range

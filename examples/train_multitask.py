@@ -36,10 +36,10 @@ from peft_talora.data import (
     detect_tasks,
     load_multitask_dataset,
 )
-from peft_talora.files import written_aside
 from peft_talora.metrics import HIGHER_IS_BETTER, MultiTaskMetrics
 from peft_talora.msam.labels import label_tensor
 from peft_talora.msam.loading import load_sam
+from peft_talora.saving.directory import written_aside
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoints import (

@@ -4,7 +4,7 @@ Importing the package registers the tuners with PEFT: `get_peft_model(sam, TALor
 `get_peft_model(sam, LoraConfig(...))`.
 """
 
-from .attention import lean_attention
+from .attention.lean import lean_attention
 from .auxiliary import auxiliary_loss
 from .convlora import ConvLoraConfig, ConvLoraLayer, ConvLoraLinear, ConvLoraModel, expert_usage
 from .export import convlora_from_autogluon, save_task_as_lora, task_to_lora, task_to_sam
@@ -12,7 +12,7 @@ from .hub import load_adapter, push_adapter, save_adapter
 from .metrics import delta_b
 from .msam import MSamConfig, MSamForMultiTask, MSamOutput, MSamProcessor, TaskSpec
 from .msam_adapter import default_modules_to_save
-from .routing import checkpoint_context, set_task, use_task
+from .routing.router import checkpoint_context, set_task, use_task
 from .talora import TALoraConfig, TALoraLayer, TALoraLinear, TALoraModel
 
 __version__ = "0.1.0"

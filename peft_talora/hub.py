@@ -13,14 +13,22 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import SamModel
 
-from .adapter_checks import adapter_tensors, check_weights, saved_tensors
-from .adapter_files import CONFIG_FILE, MSAM_FILE, PICKLE_FILE, WEIGHTS_FILE, read_config, read_msam_fields, write_json
-from .files import finish_pending, written_aside
-from .model_card import is_hub_id, model_card
 from .msam.loading import checkpoint_type
 from .msam.modeling import MSamForMultiTask
 from .msam_adapter import MSAM_MODEL_TYPE, check_same_msam, msam_fields
-from .seal import check_seal, seal
+from .saving.card import is_hub_id, model_card
+from .saving.description import (
+    CONFIG_FILE,
+    MSAM_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    read_config,
+    read_msam_fields,
+    write_json,
+)
+from .saving.directory import finish_pending, written_aside
+from .saving.seal import check_seal, seal
+from .saving.tensors import adapter_tensors, check_weights, saved_tensors
 
 
 def save_adapter(

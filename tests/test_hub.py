@@ -27,8 +27,8 @@ from peft_talora import (
     push_adapter,
     save_adapter,
 )
-from peft_talora import files as files_module
 from peft_talora import hub as hub_module
+from peft_talora.saving import directory as files_module
 
 ROOT = Path(__file__).parents[1]
 # in no alphabetical order

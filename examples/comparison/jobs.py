@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_talora.files import written_aside
+from peft_talora.saving.directory import written_aside
 
 SCRIPT = Path(__file__).parents[1] / "train_multitask.py"
 # of train_multitask.py; they change nothing that is measured

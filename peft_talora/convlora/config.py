@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ..config_checks import TargetsConfig, check_positive_int, check_probability
 from ..registration import add_peft_type
+from ..tuner.config import TargetsConfig, check_positive_int, check_probability
 
 
 @dataclass

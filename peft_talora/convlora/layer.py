@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpointing import is_replay
-from ..thin import add_product, project
-from ..tuner_layer import PluginLayer
+from ..routing.checkpointing import is_replay
+from ..tuner.layer import PluginLayer
+from ..tuner.low_rank import add_product, project
 from .config import ConvLoraConfig
 from .experts import expert_outputs
 from .gate import choose

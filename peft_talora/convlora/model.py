@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tuner import PluginTuner
+from ..tuner.model import PluginTuner
 from .layer import MERGE_ERROR, ConvLoraLayer, ConvLoraLinear
 
 

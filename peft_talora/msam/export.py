@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import SamConfig, SamModel
 
+from .decoder import single_channel_config
 from .modeling import MSamForMultiTask
-from .token_decoder import single_channel_config
 
 
 @torch.no_grad()

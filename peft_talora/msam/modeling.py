@@ -22,16 +22,16 @@ from transformers.utils import ModelOutput
 
 from ..auxiliary import auxiliary_loss
 from ..losses import task_loss
-from ..routing import TaskRequest
+from ..routing.router import TaskRequest
 from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
-from .encoding import encode_mixed, encode_tasks, encode_trunk
+from .decoder import MSamTokenDecoder, token_decoder_state
+from .encoder import encode_mixed, encode_tasks, encode_trunk
 from .frozen import freeze
 from .interpolation import encoder_state_for
 from .loading import load_sam
 from .processing import post_process
 from .tasks import Tasks, TaskSpec, parse_tasks
-from .token_decoder import MSamTokenDecoder, token_decoder_state
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from .. import drawing, losses, metrics
-from ..task_names import validate_task_names
+from ..routing.names import validate_task_names
 from .label_doubts import doubt_depth, doubt_mask
 
 

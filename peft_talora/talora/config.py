@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..config_checks import TargetsConfig, check_positive_int, check_probability
 from ..registration import add_peft_type
-from ..task_names import validate_task_names
+from ..routing.names import validate_task_names
+from ..tuner.config import TargetsConfig, check_positive_int, check_probability
 
 INIT_WEIGHTS = (True, False, "split", "lora", "orthogonal", "normalized")
 

@@ -10,9 +10,9 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
-from ..files import written_aside
 from ..msam_adapter import is_msam
-from ..routing import task_index
+from ..routing.router import task_index
+from ..saving.directory import written_aside
 from .layer import TALoraLinear
 
 PREFIX = "base_model.model."

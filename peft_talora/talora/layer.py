@@ -11,11 +11,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpointing import in_backward
-from ..mixed_batch import by_sample, samples_of
-from ..routing import Copies, TaskRouter
-from ..thin import add_product
-from ..tuner_layer import PluginLayer
+from ..routing.checkpointing import in_backward
+from ..routing.mixed_batch import by_sample, samples_of
+from ..routing.router import Copies, TaskRouter
+from ..tuner.layer import PluginLayer
+from ..tuner.low_rank import add_product
 from .config import TALoraConfig
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..mixed_batch import check_adapter_names, route_adapters, saved_modules_use
 from ..msam_adapter import is_msam
-from ..routing import TaskRequest, TaskRouter, find_routers, set_task, use_task
-from ..task_hooks import add_task_hook, remove_task_hook
-from ..tuner import PluginTuner
+from ..routing.hooks import add_task_hook, remove_task_hook
+from ..routing.mixed_batch import check_adapter_names, route_adapters, saved_modules_use
+from ..routing.router import TaskRequest, TaskRouter, find_routers, set_task, use_task
+from ..tuner.model import PluginTuner
 from .config import TALoraConfig
 from .layer import TALoraLayer, TALoraLinear
 

@@ -1,0 +1,17 @@
+"""Partly labelled multi-task data: from rows to batches for an mSAM."""
+
+from .columns import IGNORE_INDEX, IMAGE_COLUMN, TASK_COLUMNS, TaskColumn
+from .dataset import Augmentation, MultiTaskDataset, collate, detect_tasks
+from .loading import load_multitask_dataset
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_COLUMN",
+    "TASK_COLUMNS",
+    "Augmentation",
+    "MultiTaskDataset",
+    "TaskColumn",
+    "collate",
+    "detect_tasks",
+    "load_multitask_dataset",
+]

@@ -1,0 +1,1 @@
+"""A folder of image and label files as a dataset."""

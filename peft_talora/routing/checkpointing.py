@@ -1,0 +1,105 @@
+"""Keeps transformers' gradient checkpointing and the task routing in step.
+
+A checkpointed block runs a second time during backward, when the `with` block or the forward that chose the tasks is
+over, and perhaps in another thread. So every checkpointed block that holds tuned layers gets the `context_fn` that
+replays the tasks of its own forward. transformers stores the checkpoint function on the block whenever the user
+switches checkpointing on, before or after the adapter was added; forward pre-hooks on the block and on the modules around
+it therefore look at it right before it is used. (In transformers 5.10 a block's own hooks run inside the checkpoint.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .router import checkpoint_context, replaying
+
+REENTRANT_ERROR = (
+    "Reentrant gradient checkpointing (use_reentrant=True) is not supported: its replay cannot be told which tasks the "
+    "forward used, so the gradients would silently be those of another task. Use "
+    'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
+)
+
+
+class RoutedCheckpoint:
+    """Calls a checkpoint function with a `context_fn` that replays the tasks of the forward."""
+
+    def __init__(self, checkpoint: Callable) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        options = {**getattr(self.checkpoint, "keywords", {}), **kwargs}
+        if options.get("use_reentrant"):
+            raise ValueError(REENTRANT_ERROR)
+        if torch.compiler.is_compiling():
+            # the replay is part of the same graph, where the task ids are ordinary inputs
+            return self.checkpoint(function, *args, **kwargs)
+        kwargs["context_fn"] = joined_context(options.get("context_fn"))
+        return self.checkpoint(function, *args, **kwargs)
+
+
+def joined_context(context_fn: Callable | None) -> Callable:
+    """`checkpoint_context` together with the `context_fn` that the user may have set."""
+    if context_fn is None:
+        return checkpoint_context
+
+    def joined() -> tuple[Any, Any]:
+        forward, replay = context_fn()
+        _, task_replay = checkpoint_context()
+        return forward, _nested(replay, task_replay)
+
+    return joined
+
+
+@contextmanager
+def _nested(outer: Any, inner: Any) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+def _route_checkpoints(module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of a module that is, or holds, a block that can be checkpointed."""
+    if torch.compiler.is_compiling():
+        return
+    for block in module.modules():
+        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and not isinstance(checkpoint, RoutedCheckpoint):
+            block._gradient_checkpointing_func = RoutedCheckpoint(checkpoint)
+
+
+def add_checkpoint_hooks(model: nn.Module, is_tuned_layer: Callable[[nn.Module], bool]) -> None:
+    """Hook every block of `model` that transformers may checkpoint and that holds a tuned layer, and what is around."""
+    for module in model.modules():
+        if _is_hooked(module):
+            continue
+        blocks = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
+        if any(is_tuned_layer(m) for block in blocks for m in block.modules()):
+            module.register_forward_pre_hook(_route_checkpoints)
+
+
+def remove_checkpoint_hooks(model: nn.Module) -> None:
+    """Undo [`add_checkpoint_hooks`]."""
+    for block in model.modules():
+        for key in [k for k, hook in block._forward_pre_hooks.items() if hook is _route_checkpoints]:
+            del block._forward_pre_hooks[key]
+        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, RoutedCheckpoint):
+            block._gradient_checkpointing_func = checkpoint.checkpoint
+
+
+def _is_hooked(block: nn.Module) -> bool:
+    return any(hook is _route_checkpoints for hook in block._forward_pre_hooks.values())
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_replay() -> bool:
+    """Whether a layer runs again for activation checkpointing, with or without `checkpoint_context`."""
+    return replaying() or in_backward()

@@ -1,0 +1,64 @@
+"""Takes `task_ids` out of the arguments of a base model that does not know them, and checks their number."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .router import TaskRouter, check_batch_size
+
+
+def names_task_ids(model: nn.Module) -> bool:
+    """Whether the model's forward has a parameter of that name (`**kwargs` does not count)."""
+    return "task_ids" in inspect.signature(model.forward).parameters
+
+
+def _route_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], router: TaskRouter) -> tuple[tuple, dict]:
+    """Forward pre-hook of the base model."""
+    task_ids = kwargs.pop("task_ids", None)
+    override = router.override
+    if task_ids is not None and (override is None or override.source is not task_ids) and not _is_disabled(model):
+        raise ValueError(
+            f"{type(model).__name__} was called with task_ids without its PeftModel. "
+            "Use `with peft_talora.use_task(model, task_ids): model(...)`."
+        )
+    if override is not None:
+        batch_size = _batch_size(model, args, kwargs)
+        if batch_size is not None:
+            check_batch_size(override, batch_size)
+    return args, kwargs
+
+
+def _is_disabled(model: nn.Module) -> bool:
+    return all(m.disable_adapters for m in model.modules() if isinstance(m, BaseTunerLayer))
+
+
+def _batch_size(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """The batch size, as the main input or else the first tensor argument has it."""
+    main_input = kwargs.get(getattr(model, "main_input_name", ""))
+    for value in (main_input, *args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return value.shape[0]
+    return None
+
+
+def _is_task_hook(hook: Any) -> bool:
+    return isinstance(hook, partial) and hook.func is _route_forward
+
+
+def add_task_hook(model: nn.Module, router: TaskRouter) -> None:
+    """Hook the base model, unless its forward takes task_ids itself or it is hooked already."""
+    if not names_task_ids(model) and not any(_is_task_hook(h) for h in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(partial(_route_forward, router=router), with_kwargs=True)
+
+
+def remove_task_hook(model: nn.Module) -> None:
+    """Undo [`add_task_hook`]."""
+    for key in [k for k, hook in model._forward_pre_hooks.items() if _is_task_hook(hook)]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)

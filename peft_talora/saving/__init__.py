@@ -1,0 +1,1 @@
+"""A saved adapter: what its files say, and how they are written."""

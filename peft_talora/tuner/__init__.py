@@ -1,0 +1,1 @@
+"""What both tuners share, laid out like a tuner."""

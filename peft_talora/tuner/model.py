@@ -1,0 +1,111 @@
+"""What both tuners share beside PEFT's BaseTuner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+
+from ..msam_adapter import prepare_for_msam
+from ..routing.checkpointing import add_checkpoint_hooks, remove_checkpoint_hooks
+from ..saving.tensors import check_adapter_state
+
+# the fused q/k/v projection of the vision encoder; a list, since a regular expression would rule out
+# `layers_to_transform`
+DEFAULT_TARGET_MODULES = {
+    model_type: ["qkv"] for model_type in ("sam", "sam_vision_model", "sam_hq", "sam_hq_vision_model", "msam")
+}
+
+
+class PluginTuner(BaseTuner):
+    """A tuner for linear layers that knows SAM and mSAM.
+
+    A subclass names its classes: `prefix`, `tuner_layer_cls`, and `linear_layer_cls`, which is called with the target,
+    the adapter's name, its config, the layer's full name and `_layer_kwargs()`.
+    """
+
+    target_module_mapping = DEFAULT_TARGET_MODULES
+    linear_layer_cls: type[BaseTunerLayer]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; then add the hooks that the tuner needs on the model."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._add_hooks()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # PEFT only warns of missing tensors, which then keep the values they were drawn with
+        check_adapter_state(model, adapter_name, cls.prefix, state_dict)
+        return state_dict
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        prepare_for_msam(peft_config, model)
+
+    def _layer_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, config=peft_config, name=current_key)
+            return
+        new_module = self._create_new_module(peft_config, adapter_name, target, current_key)
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _create_new_module(
+        self, peft_config: PeftConfig, adapter_name: str, target: nn.Module, name: str
+    ) -> BaseTunerLayer:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        quantization_kwargs = get_quantization_kwargs(self)
+        if not _is_linear(base_layer, quantization_kwargs):
+            raise TypeError(
+                f"Target module '{name}' ({type(base_layer).__name__}) is not supported. Only `torch.nn.Linear` "
+                "(optionally quantized) is."
+            )
+        kwargs = {**quantization_kwargs, **self._layer_kwargs()}
+        return self.linear_layer_cls(target, adapter_name, config=peft_config, name=name, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # BaseTuner's copies `.weight` back to what it unwraps, which a mask decoder in modules_to_save does not have
+        setattr(parent, child_name, new_module)
+        child = getattr(child, "base_layer", child)
+        device = next((p.device for p in child.parameters()), None)
+        for name, module in new_module.named_modules():
+            on_meta = any(p.device.type == "meta" for p in module.parameters())
+            if self.prefix in name and device is not None and not on_meta:
+                module.to(device)
+
+    def _add_hooks(self) -> None:
+        add_checkpoint_hooks(self.model, lambda module: isinstance(module, self.tuner_layer_cls))
+
+    def _remove_hooks(self) -> None:
+        remove_checkpoint_hooks(self.model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._remove_hooks()
+        return model
+
+
+def _is_linear(layer: nn.Module, quantization_kwargs: dict[str, Any]) -> bool:
+    if isinstance(layer, nn.Linear):
+        return True
+    backend = resolve_quantization_backend(layer, **quantization_kwargs)
+    return backend is not None and backend.layer_type == "linear"
