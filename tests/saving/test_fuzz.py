@@ -186,7 +186,7 @@ def remembered(monkeypatch):
     def adapter_tensors(model, config):
         key = str(config.to_dict())
         if key not in known:
-            known[key] = adapter_tensors(model, config)
+            known[key] = tensors_of(model, config)
         return known[key]
 
     monkeypatch.setattr(hub, "adapter_tensors", adapter_tensors)
