@@ -18,6 +18,7 @@ from peft_talora import (
     load_adapter,
     save_adapter,
 )
+from peft_talora.saving.tensors import adapter_tensors as tensors_of
 
 CONFIG, WEIGHTS, MSAM = "adapter_config.json", "adapter_model.safetensors", "msam.json"
 TASKS = {"semantic": TaskSpec("semantic", num_channels=2, class_names=["a", "b"]), "depth": TaskSpec("depth")}
