@@ -1,5 +1,7 @@
 """Small models for all tests."""
 
+import traceback
+
 import pytest
 import torch
 from small_models import make_sam
@@ -9,6 +11,25 @@ from transformers.utils import logging
 logging.disable_progress_bar()
 # the models here are so small that a second thread only waits
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--newest",
+        action="store_true",
+        help="skip what transformers refuses to do with the PEFT that is installed, for runs with the newest versions",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except ValueError as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        if item.config.getoption("--newest") and where.name == "check_peft_version":
+            pytest.skip(f"transformers: {error}")
+        raise
 
 
 @pytest.fixture
