@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    from .msam.tasks import TaskSpec
+from .kinds import TaskSpec
+from .kinds.binary import draw_probability
+from .kinds.classes import draw_classes
+from .kinds.depth import draw_depth
+from .kinds.normals import draw_normals
+from .kinds.painting import UNLABELLED, palette
+from .kinds.regression import draw_regression
 
-UNLABELLED = np.array([128, 128, 128], dtype=np.uint8)
+__all__ = [
+    "UNLABELLED",
+    "color_range",
+    "draw",
+    "draw_classes",
+    "draw_depth",
+    "draw_normals",
+    "draw_probability",
+    "draw_regression",
+    "palette",
+]
 
-# From near (dark violet) to far (light yellow); lightness grows steadily, so that it also reads in grey.
-_DEPTH_ANCHORS = np.array(
-    [[24, 8, 48], [64, 22, 110], [118, 34, 122], [176, 50, 100], [222, 88, 64], [246, 150, 52], [252, 236, 164]],
-    dtype=np.float64,
-)
+# A map is drawn in strips of about this many pixels: what is computed on the way is many times larger than the picture.
+_STRIP_PIXELS = 1 << 20
 
-# Candidates for class colours: a grid over the colour cube, without what could be taken for unlabelled.
-_GRID = np.stack(np.meshgrid(*[np.linspace(0, 255, 7)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
-_CANDIDATES = _GRID[np.linalg.norm(_GRID - UNLABELLED, axis=1) > 80]
+# Values that differ by less, for their size, are all but equal: their differences must not be spread over all colours.
+_LEAST_SPREAD = 0.01
 
 
 def draw(spec: TaskSpec, values: Any, value_range: tuple[float, float] | None = None) -> np.ndarray:
@@ -38,105 +50,61 @@ def draw(spec: TaskSpec, values: Any, value_range: tuple[float, float] | None = 
     Raises:
         ValueError: If the shape does not fit the kind.
     """
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    values = np.asarray(values)
-    if values.ndim not in (2, 3):
-        raise ValueError(f"a picture of a {spec.kind} task needs (H, W) or (C, H, W), got shape {values.shape}")
-    return spec.task_kind.draw(values, spec.ignore_index, value_range)
+    values = _checked_map(spec, values)
+    if value_range is None:
+        value_range = color_range(spec, [values], (0, 100))
+    height, width = values.shape[-2:]
+    picture = np.empty((height, width, 3), dtype=np.uint8)
+    rows = max(1, _STRIP_PIXELS // max(1, width))
+    for top in range(0, height, rows):
+        strip = values[..., top : top + rows, :]
+        strip = strip.astype(np.int64 if spec.task_kind.layout == "map" else np.float64)
+        labelled = _labelled(spec, strip)
+        colors = np.rint(spec.task_kind.draw(strip, labelled, value_range)).astype(np.uint8)
+        picture[top : top + rows] = np.where(labelled[..., None], colors, UNLABELLED)
+    return picture
 
 
-def palette(num_colors: int) -> np.ndarray:
-    """Fixed, well distinguishable colours for classes, uint8 (num_colors, 3); the first ones never change."""
-    colors = _ordered_colors()
-    return colors[np.arange(num_colors) % len(colors)]
+def color_range(
+    spec: TaskSpec, maps: Sequence[Any], percentiles: tuple[float, float] = (2, 98)
+) -> tuple[float, float] | None:
+    """One colour scale for several maps: where their labelled values begin and end.
+
+    Args:
+        spec: The task.
+        maps: Labels, predictions or both, as [`draw`] takes them.
+        percentiles: Which of the values are the ends. Few stray pixels would make everything else one colour.
+
+    Returns:
+        (lowest, highest) value, always apart; None for kinds whose colours have a fixed meaning, and where nothing is
+        labelled.
+    """
+    if spec.task_kind.unit is None or spec.task_kind.limits is not None:
+        return None
+    maps = [_checked_map(spec, values) for values in maps]
+    values = np.concatenate([np.moveaxis(values, 0, -1)[_labelled(spec, values)].ravel() for values in maps])
+    if not values.size:
+        return None
+    low, high = (float(value) for value in np.percentile(values, percentiles))
+    missing = _LEAST_SPREAD * max(abs(low), abs(high)) - (high - low)
+    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, max(high, low + 1e-6))
 
 
-@lru_cache(maxsize=1)
-def _ordered_colors() -> np.ndarray:
-    """The candidates, each one as far as possible from all before it."""
-    chosen = np.array([_CANDIDATES[0]])
-    distance = np.linalg.norm(_CANDIDATES - chosen[0], axis=1)
-    for _ in range(len(_CANDIDATES) - 1):
-        color = _CANDIDATES[distance.argmax()]
-        chosen = np.concatenate([chosen, color[None]])
-        distance = np.minimum(distance, np.linalg.norm(_CANDIDATES - color, axis=1))
-    return np.rint(chosen).astype(np.uint8)
-
-
-def draw_classes(values: np.ndarray, ignore_index: int, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Class map (H, W): one fixed colour per class. ``value_range`` has no meaning here."""
-    classes = _single_channel(values)
-    labelled = (classes >= 0) & (classes != ignore_index)
-    classes = np.where(labelled, classes, 0).astype(np.int64)
-    return _finish(palette(int(classes.max()) + 1)[classes], labelled)
-
-
-def draw_probability(values: np.ndarray, ignore_index: int, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Mask or probability (H, W) in [0, 1]: black to white."""
-    probability = _single_channel(values).astype(np.float64)
-    labelled = np.isfinite(probability) & (probability >= 0) & (probability != ignore_index)
-    return _finish(_grey(_scale(probability, labelled, (0.0, 1.0))), labelled)
-
-
-def draw_depth(values: np.ndarray, ignore_index: int, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Depth (H, W): dark is near, light is far; not above zero is unlabelled."""
-    depth = _single_channel(values).astype(np.float64)
-    labelled = np.isfinite(depth) & (depth > 0)
-    return _finish(_colormap(_scale(depth, labelled, value_range)), labelled)
-
-
-def draw_normals(values: np.ndarray, ignore_index: int, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Normals (3, H, W), x right, y down, z away from the camera: red is right, green is up, blue faces the camera."""
-    if values.ndim != 3 or values.shape[0] != 3:
-        raise ValueError(f"a picture of normals needs shape (3, H, W), got {values.shape}")
-    normals = values.astype(np.float64)
-    labelled = np.isfinite(normals).all(axis=0) & (normals != 0).any(axis=0)
-    normals = np.where(labelled, normals, 0.0)
-    normals = normals / np.maximum(np.linalg.norm(normals, axis=0), 1e-12)
-    return _finish(_channels_last(255 * (0.5 + 0.5 * normals * np.array([1, -1, -1])[:, None, None])), labelled)
-
-
-def draw_regression(values: np.ndarray, ignore_index: int, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Values (C, H, W): grey for one channel, else the first three (or two) as red, green and blue."""
-    values = (values[None] if values.ndim == 2 else values)[:3].astype(np.float64)
-    labelled = np.isfinite(values).all(axis=0)
-    scaled = _scale(values, np.broadcast_to(labelled, values.shape), value_range)
-    if len(scaled) == 1:
-        return _finish(_grey(scaled[0]), labelled)
-    missing = np.zeros((3 - len(scaled), *scaled.shape[1:]))
-    return _finish(_channels_last(255 * np.concatenate([scaled, missing])), labelled)
-
-
-def _single_channel(values: np.ndarray) -> np.ndarray:
-    if values.ndim == 3:
-        if values.shape[0] != 1:
-            raise ValueError(f"this picture needs shape (H, W) or (1, H, W), got {values.shape}")
-        return values[0]
+def _checked_map(spec: TaskSpec, values: Any) -> np.ndarray:
+    """(H, W) for a class map, (C, H, W) otherwise."""
+    values = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    shape = values.shape
+    is_map = spec.task_kind.layout == "map"
+    if is_map and values.ndim == 3 and shape[0] == 1:
+        values = values[0]
+    if not is_map and values.ndim == 2 and spec.num_channels == 1:
+        values = values[None]
+    if values.shape[:-2] != (() if is_map else (spec.num_channels,)) or values.ndim < 2:
+        expected = "(H, W)" if is_map else f"({spec.num_channels}, H, W)"
+        raise ValueError(f"a picture of a {spec.kind} task needs shape {expected}, got {shape}")
     return values
 
 
-def _scale(values: np.ndarray, labelled: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Values as fractions of the range, 0 where unlabelled."""
-    if value_range is None:
-        chosen = values[labelled]
-        value_range = (chosen.min(), chosen.max()) if chosen.size else (0.0, 1.0)
-    low, high = value_range
-    return np.clip((np.where(labelled, values, low) - low) / max(high - low, 1e-12), 0.0, 1.0)
-
-
-def _grey(fractions: np.ndarray) -> np.ndarray:
-    return np.repeat(255 * fractions[..., None], 3, axis=-1)
-
-
-def _colormap(fractions: np.ndarray) -> np.ndarray:
-    positions = np.linspace(0.0, 1.0, len(_DEPTH_ANCHORS))
-    return np.stack([np.interp(fractions, positions, channel) for channel in _DEPTH_ANCHORS.T], axis=-1)
-
-
-def _channels_last(picture: np.ndarray) -> np.ndarray:
-    return np.moveaxis(picture, 0, -1)
-
-
-def _finish(picture: np.ndarray, labelled: np.ndarray) -> np.ndarray:
-    return np.where(labelled[..., None], np.rint(picture).astype(np.uint8), UNLABELLED)
+def _labelled(spec: TaskSpec, values: np.ndarray) -> np.ndarray:
+    """Which pixels of a map count, bool (H, W)."""
+    return spec.task_kind.labelled(torch.from_numpy(np.ascontiguousarray(values)), spec.ignore_index).numpy()

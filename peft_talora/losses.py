@@ -1,103 +1,37 @@
-"""Losses of dense prediction tasks: one value per pixel for each kind of task, and one way of averaging them.
+"""Losses of dense prediction tasks: one way of averaging what a pixel of each kind of task loses.
 
-The functions called ``labelled_*`` say which pixels of a label map count; the metrics and the pictures go by them too.
+The losses of a pixel, and which pixels of a label map count, are those of the task's kind: see [`peft_talora.kinds`].
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .msam.tasks import TaskSpec
+from .kinds import TaskSpec
+from .kinds.binary import balanced_bce, labelled_binary, structure_loss
+from .kinds.classes import cross_entropy, labelled_classes
+from .kinds.depth import labelled_depth
+from .kinds.normals import cosine_distance, labelled_normals
+from .kinds.regression import absolute_error, labelled_values
 
-# A thin structure (an edge map has about 2 % positives) would otherwise be won by predicting nothing; without an upper
-# bound a single positive pixel would outweigh the whole rest of the batch.
-MIN_POSITIVE_WEIGHT = 1.0
-MAX_POSITIVE_WEIGHT = 20.0
-
-# The structure loss: side of the neighbourhood, and how much more a pixel counts that differs from all of it.
-STRUCTURE_WINDOW = 31
-STRUCTURE_CONTRAST = 5.0
-
-# Keeps the gradient of the direction finite where the predicted vector is (almost) zero.
-_NORM_EPS = 1e-6
-
-
-def labelled_classes(labels: Tensor, ignore_index: int) -> Tensor:
-    """Pixels (..., H, W) of a class map (..., H, W) that are neither ``ignore_index`` nor negative."""
-    return (labels != ignore_index) & (labels >= 0)
-
-
-def labelled_binary(labels: Tensor, ignore_index: int) -> Tensor:
-    """Pixels (..., H, W) of a mask (..., 1, H, W) that are finite, not negative and not ``ignore_index``."""
-    return (torch.isfinite(labels) & (labels != ignore_index) & (labels >= 0)).all(dim=-3)
-
-
-def labelled_depth(labels: Tensor, ignore_index: int) -> Tensor:
-    """Pixels (..., H, W) of a depth map (..., 1, H, W) that are finite and above zero."""
-    return (torch.isfinite(labels) & (labels > 0)).all(dim=-3)
-
-
-def labelled_normals(labels: Tensor, ignore_index: int) -> Tensor:
-    """Pixels (..., H, W) of normals (..., 3, H, W) that are finite and not the zero vector."""
-    return torch.isfinite(labels).all(dim=-3) & (labels != 0).any(dim=-3)
-
-
-def labelled_values(labels: Tensor, ignore_index: int) -> Tensor:
-    """Pixels (..., H, W) of a map (..., C, H, W) that are finite in every channel."""
-    return torch.isfinite(labels).all(dim=-3)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
-    """Cross entropy per pixel (B, H, W) of logits (B, N, H, W) and classes (B, H, W)."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def balanced_bce(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
-    """Binary cross entropy per pixel (B, H, W), the positives weighted by their rarity in the image.
-
-    The weight is the image's number of labelled negatives over that of its positives, clamped to [1, 20]: rare
-    positives count more, frequent ones never less than the negatives.
-    """
-    positives = (labels * labelled[:, None]).sum(dim=(1, 2, 3), keepdim=True)
-    negatives = labelled.sum(dim=(1, 2))[:, None, None, None] - positives
-    weight = (negatives / positives.clamp(min=1)).clamp(MIN_POSITIVE_WEIGHT, MAX_POSITIVE_WEIGHT)
-    return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")[:, 0]
-
-
-def structure_loss(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
-    """Weighted cross entropy plus weighted IoU of a mask per pixel (B, H, W); the loss of Conv-LoRA's binary tasks.
-
-    From F3Net (arXiv 1911.11445, section 3.3), used by arXiv 2401.17868. A pixel's weight is 1 + 5 |mean - mask|, with the mean
-    of the mask over 31 x 31 pixels: a pixel near an outline counts up to six times. Unlabelled pixels count as background
-    in that mean, as what lies beyond the image does, and not at all otherwise. The IoU is one number per image: every one of
-    its pixels has it, so that the mean over the labelled pixels is the published loss of the image.
-    """
-    padding = STRUCTURE_WINDOW // 2
-    mean = F.avg_pool2d(labels, (STRUCTURE_WINDOW, 1), stride=1, padding=(padding, 0))
-    mean = F.avg_pool2d(mean, (1, STRUCTURE_WINDOW), stride=1, padding=(0, padding))
-    weight = (1 + STRUCTURE_CONTRAST * (mean - labels).abs()) * labelled[:, None]
-    cross_entropies = weight * F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    mean_weight = weight.sum(dim=(1, 2, 3), keepdim=True) / labelled.sum(dim=(1, 2))[:, None, None, None].clamp(min=1)
-    probability = logits.sigmoid()
-    intersection = (weight * probability * labels).sum(dim=(1, 2, 3), keepdim=True)
-    union = (weight * (probability + labels)).sum(dim=(1, 2, 3), keepdim=True) - intersection
-    iou_loss = 1 - (intersection + 1) / (union + 1)
-    return (cross_entropies / mean_weight.clamp(min=_NORM_EPS) + iou_loss)[:, 0]
-
-
-def absolute_error(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
-    """L1 distance per pixel (B, H, W), the mean over the channels."""
-    return (logits - labels).abs().mean(dim=1)
-
-
-def cosine_distance(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
-    """One minus the cosine of the angle between two vectors per pixel (B, H, W); neither needs to have unit length."""
-    return 1 - (F.normalize(logits, dim=1, eps=_NORM_EPS) * F.normalize(labels, dim=1, eps=_NORM_EPS)).sum(dim=1)
+__all__ = [
+    "absolute_error",
+    "balanced_bce",
+    "check_labels",
+    "cosine_distance",
+    "cross_entropy",
+    "labelled_binary",
+    "labelled_classes",
+    "labelled_depth",
+    "labelled_normals",
+    "labelled_values",
+    "mean_over_images",
+    "resize_logits",
+    "structure_loss",
+    "task_loss",
+]
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,153 +1,43 @@
 """Metrics of dense prediction tasks over the labelled pixels of a whole data set, and one number to compare runs by.
 
-All are torchmetrics metrics, so that in a distributed run ``compute`` covers what every process has seen. Errors are
-summed in float64: a test set has some 10^8 pixels, which float32 cannot count.
+Which they are, and how they are summed, is the task's kind's: see [`peft_talora.kinds`]. All are torchmetrics metrics, so
+that in a distributed run ``compute`` covers what every process has seen. Errors are summed in float64: a test set has
+some 10^8 pixels, which float32 cannot count.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanAbsoluteError, MeanAbsolutePercentageError, MeanSquaredError, Metric, MetricCollection
-from torchmetrics.classification import BinaryConfusionMatrix, MulticlassConfusionMatrix
+from torchmetrics import Metric
 
+from .kinds import HIGHER_IS_BETTER, TaskSpec
+from .kinds.binary import BinaryMetrics
+from .kinds.classes import ClassMetrics
+from .kinds.depth import depth_metrics
+from .kinds.normals import ANGLE_THRESHOLDS, NormalMetrics, angle_degrees
+from .kinds.regression import MeanErrors, regression_metrics
 from .losses import check_labels, resize_logits
 
-if TYPE_CHECKING:
-    from .msam.tasks import TaskSpec
+__all__ = [
+    "ANGLE_THRESHOLDS",
+    "HIGHER_IS_BETTER",
+    "BinaryMetrics",
+    "ClassMetrics",
+    "MeanErrors",
+    "MultiTaskMetrics",
+    "NormalMetrics",
+    "TaskMetrics",
+    "angle_degrees",
+    "delta_b",
+    "depth_metrics",
+    "regression_metrics",
+]
 
 TaskResults = Mapping[str, float | None]
-
-HIGHER_IS_BETTER: dict[str, bool] = {
-    "miou": True,
-    "pixel_accuracy": True,
-    "iou": True,
-    "abs_err": False,
-    "rel_err": False,
-    "rmse": False,
-    "mean_angle": False,
-    "median_angle": False,
-    "within_11": True,
-    "within_22": True,
-    "within_30": True,
-    "mae": False,
-}
-
-# Degrees; the names carry the whole part, as the literature's tables do.
-ANGLE_THRESHOLDS = {"within_11": 11.25, "within_22": 22.5, "within_30": 30.0}
-
-
-class ClassMetrics(MulticlassConfusionMatrix):
-    """``miou`` and ``pixel_accuracy`` of class maps, both in [0, 1].
-
-    The mIoU is the mean over the classes that occur in the truth or in the prediction.
-
-    Args:
-        num_classes: Number of classes N.
-    """
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes=num_classes, validate_args=False)
-
-    def compute(self) -> dict[str, Tensor]:
-        """The two metrics; NaN before any pixel was seen."""
-        counts = self.confmat.double()
-        correct = counts.diagonal()
-        union = counts.sum(dim=0) + counts.sum(dim=1) - correct
-        present = union > 0
-        return {"miou": (correct[present] / union[present]).mean(), "pixel_accuracy": correct.sum() / counts.sum()}
-
-
-class BinaryMetrics(BinaryConfusionMatrix):
-    """``iou`` of the positives, in [0, 1], of probabilities against masks, both cut at 0.5.
-
-    Where neither the truth nor the prediction has a positive, nothing is missed and the IoU is 1.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(threshold=0.5, validate_args=False)
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Count pixels: probabilities (P,) and masks (P,)."""
-        super().update(preds, (target > 0.5).long())
-
-    def compute(self) -> dict[str, Tensor]:
-        """The metric."""
-        counts = self.confmat.double()
-        union = counts[0, 1] + counts[1, 0] + counts[1, 1]
-        return {"iou": torch.where(union > 0, counts[1, 1] / union, 1.0)}
-
-
-class NormalMetrics(Metric):
-    """Angles between predicted and true normals: ``mean_angle`` and ``median_angle`` in degrees, and ``within_11``,
-    ``within_22``, ``within_30``: the share of pixels, in [0, 1], below 11.25, 22.5 and 30 degrees.
-
-    The median is the middle of a bin of 0.0001 degrees (for an even number, the mean of the two middle pixels' bins):
-    that takes the same memory for any number of pixels.
-    """
-
-    full_state_update = False
-    bins_per_degree = 10_000
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("within", torch.zeros(len(ANGLE_THRESHOLDS), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("histogram", torch.zeros(180 * self.bins_per_degree, dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add pixels: vectors (P, 3) of any length but zero."""
-        angles = angle_degrees(preds, target)
-        self.total += angles.sum(dtype=torch.float64)
-        self.count += angles.numel()
-        self.within += torch.stack([(angles < threshold).sum() for threshold in ANGLE_THRESHOLDS.values()])
-        # A prediction that is not finite makes the mean NaN, and counts as the largest angle here.
-        bins = (angles.nan_to_num(180.0) * self.bins_per_degree).long().clamp(max=self.histogram.numel() - 1)
-        self.histogram += torch.bincount(bins, minlength=self.histogram.numel())
-
-    def compute(self) -> dict[str, Tensor]:
-        """The five metrics; NaN before any pixel was seen."""
-        within = self.within.double() / self.count
-        shares = {name: within[position] for position, name in enumerate(ANGLE_THRESHOLDS)}
-        return {"mean_angle": self.total / self.count, "median_angle": self._median(), **shares}
-
-    def _median(self) -> Tensor:
-        ranks = torch.stack([(self.count - 1) // 2, self.count // 2]) + 1
-        bins = torch.searchsorted(self.histogram.cumsum(dim=0), ranks)
-        median = (bins.double() + 0.5).mean() / self.bins_per_degree
-        return torch.where(self.count > 0, median, torch.nan)
-
-
-class MeanErrors(MetricCollection):
-    """Mean errors under the given names, summed in float64. ``update`` takes values of equal shape (P, ...)."""
-
-    def __init__(self, **metrics: Metric) -> None:
-        super().__init__(metrics, compute_groups=False)
-        self.set_dtype(torch.float64)
-
-
-def depth_metrics() -> Metric | MetricCollection:
-    """``abs_err`` and ``rmse`` in the labels' unit (metres), ``rel_err`` as a fraction of the true depth."""
-    return MeanErrors(
-        abs_err=MeanAbsoluteError(), rel_err=MeanAbsolutePercentageError(), rmse=MeanSquaredError(squared=False)
-    )
-
-
-def regression_metrics() -> Metric | MetricCollection:
-    """``mae`` in the labels' unit."""
-    return MeanErrors(mae=MeanAbsoluteError())
-
-
-def angle_degrees(first: Tensor, second: Tensor) -> Tensor:
-    """Angle in degrees between the vectors in the last dimension, exact for small angles too (acos is not)."""
-    first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
-    return 2 * torch.atan2((first - second).norm(dim=-1), (first + second).norm(dim=-1)).rad2deg()
 
 
 class TaskMetrics(nn.Module):

@@ -307,6 +307,6 @@ def _zoom_label(spec: TaskSpec, label: Tensor, box: tuple[slice, slice], scale: 
 
 def _flip_label(spec: TaskSpec, label: Tensor) -> Tensor:
     label = label.flip(-1)
-    if spec.task_kind.is_direction:
-        label[0] = -label[0]
+    for channel in spec.task_kind.negated_by_flip:
+        label[channel] = -label[channel]
     return label

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -11,53 +11,27 @@ from typing import Any
 
 import yaml
 
-from ...msam.tasks import KINDS, TaskSpec
+from ...kinds import KINDS, Numbers, TaskSpec
 from ...routing.names import validate_task_names
 from ..columns import IGNORE_INDEX, IMAGE_COLUMN, TASK_COLUMNS, task_column
 
 DESCRIPTION_FILES = ("dataset.yaml", "dataset.yml", "dataset.json")
 NAME = "{name}"
 
-# which fields of a task have a meaning for which kinds; all kinds have "kind", "files" and "optional"
-_CLASS_FIELDS = ("class_names", "num_classes", "class_map", "ignore")
-_KIND_FIELDS: dict[str, tuple[str, ...]] = {
-    "semantic": _CLASS_FIELDS,
-    "parts": _CLASS_FIELDS,
-    "binary": ("threshold", "ignore"),
-    "depth": ("scale", "offset", "disparity", "ignore"),
-    "normals": ("axes",),
-    "regression": ("num_channels", "scale", "offset", "ignore"),
-}
-
 
 @dataclass(frozen=True)
-class TaskFiles:
-    """Where a task's label files are and what their numbers mean.
+class TaskFiles(Numbers):
+    """Where a task's label files are and what their numbers mean; the latter is explained at [`Numbers`].
 
     Args:
         spec: The task.
         files: Patterns with ``{name}``, or subfolders, relative to the dataset's folder. The first that exists counts.
         optional: Whether there may be no file at all; the task is left out then.
-        ignore: Numbers in the file that mean "unlabelled".
-        class_map: ``{number in the file: class}``; any other number is unlabelled. None: the numbers are the classes.
-        threshold: Binary: what is not below is 1. None: the numbers are 0 and 1.
-        scale: Depth and regression: value = scale x number + offset.
-        offset: See there.
-        disparity: Depth: the value is a disparity, and this over it is the depth. A stereo camera's baseline in metres
-            x focal length in pixels, for metres. None: the value is the depth.
-        axes: Normals: factors 1 or -1 of x, y, z, where the file's do not point right, down and forward.
     """
 
     spec: TaskSpec
     files: tuple[str, ...]
     optional: bool = False
-    ignore: tuple[float, ...] = ()
-    class_map: dict[int, int] | None = None
-    threshold: float | None = None
-    scale: float = 1.0
-    offset: float = 0.0
-    disparity: float | None = None
-    axes: tuple[int, int, int] = (1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -133,7 +107,9 @@ def _parse_task(name: str, fields: Any, where: str) -> TaskFiles:
         raise ValueError(f"{where}.kind: unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
     if usual not in (None, kind):
         raise ValueError(f"{where}.kind: a task named {name!r} is of the kind {usual!r}, got {kind!r}: rename it")
-    _known_fields(fields, ("kind", "files", "optional", *_KIND_FIELDS[kind]), where, f" of a {kind} task")
+    own = KINDS[kind].own_fields
+    known = ("kind", "files", "optional", *KINDS[kind].file_fields, *own)
+    _known_fields(fields, known, where, f" of a {kind} task")
     files = fields.get("files", name)
     files = [files] if isinstance(files, str) else files
     if not isinstance(files, list | tuple) or not files:
@@ -150,7 +126,15 @@ def _parse_task(name: str, fields: Any, where: str) -> TaskFiles:
         offset=_checked(fields, "offset", Real, where, 0.0),
         disparity=_checked(fields, "disparity", Real, where),
         axes=_axes(fields, where),
+        own={name: _own(check, fields[name], f"{where}.{name}") for name, check in own.items() if name in fields},
     )
+
+
+def _own(check: Callable[[Any], Any], value: Any, where: str) -> Any:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _spec(kind: str, fields: Mapping[str, Any], where: str) -> TaskSpec:
@@ -163,15 +147,13 @@ def _spec(kind: str, fields: Mapping[str, Any], where: str) -> TaskSpec:
                 f"{where}.class_names: expected a list of the classes' names (or num_classes), got {names!r}"
             )
     try:
-        # beyond 255 classes the usual number for "unlabelled" is a class
-        ignored = IGNORE_INDEX if not isinstance(channels, int) or channels <= IGNORE_INDEX else -1
-        return TaskSpec(kind, num_channels=channels, class_names=names, ignore_index=ignored)
+        return TaskSpec(kind, num_channels=channels, class_names=names)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 def _ignore(kind: str, fields: Mapping[str, Any], where: str) -> tuple[float, ...]:
-    usual = [IGNORE_INDEX] if kind in ("semantic", "parts") else []
+    usual = [IGNORE_INDEX] if KINDS[kind].has_classes else []
     if usual and fields.get("num_classes", len(fields.get("class_names") or [])) > IGNORE_INDEX:
         usual = []
     values = fields.get("ignore", usual)

@@ -1,0 +1,92 @@
+"""Class maps: "semantic", and "parts" of objects."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from .kind import Numbers, Range, TaskKind
+from .painting import palette
+
+# What unlabelled pixels of a file become; any negative label is unlabelled.
+_NO_CLASS = -1
+
+
+def labelled_classes(labels: Tensor, ignore_index: int) -> Tensor:
+    """Pixels (..., H, W) of a class map (..., H, W) that are neither ``ignore_index`` nor negative."""
+    return (labels != ignore_index) & (labels >= 0)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+    """Cross entropy per pixel (B, H, W) of logits (B, N, H, W) and classes (B, H, W)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+class ClassMetrics(MulticlassConfusionMatrix):
+    """``miou`` and ``pixel_accuracy`` of class maps, both in [0, 1].
+
+    The mIoU is the mean over the classes that occur in the truth or in the prediction. Both are computed in float64, where
+    torchmetrics' Jaccard index and accuracy have float32.
+
+    Args:
+        num_classes: Number of classes N.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes=num_classes, validate_args=False)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The two metrics; NaN before any pixel was seen."""
+        counts = self.confmat.double()
+        correct = counts.diagonal()
+        union = counts.sum(dim=0) + counts.sum(dim=1) - correct
+        present = union > 0
+        return {"miou": (correct[present] / union[present]).mean(), "pixel_accuracy": correct.sum() / counts.sum()}
+
+
+def draw_classes(classes: np.ndarray, labelled: np.ndarray, value_range: Range | None) -> np.ndarray:
+    """Class map (H, W): one fixed colour per class. ``value_range`` has no meaning here."""
+    classes = np.where(labelled, classes, 0).astype(np.int64)
+    return palette(int(classes.max(initial=0)) + 1)[classes]
+
+
+def classes_from_numbers(values: np.ndarray, numbers: Numbers, num_channels: int) -> np.ndarray:
+    """A file's numbers (1, H, W) as classes, int64 (H, W)."""
+    values = values[0]
+    ignored = numbers.is_ignored(values) | (values < 0)
+    classes = np.nan_to_num(values, nan=_NO_CLASS).astype(np.int64)
+    classes[ignored] = _NO_CLASS
+    if numbers.class_map is not None:
+        mapped = np.full(classes.shape, _NO_CLASS)
+        for number, label in numbers.class_map.items():
+            mapped[(classes == number) & ~ignored] = label
+        return mapped
+    largest = classes.max(initial=_NO_CLASS)
+    if largest >= num_channels:
+        raise ValueError(
+            f"class id {largest} is beyond the {num_channels} classes (0 to {num_channels - 1}); "
+            "numbers that mean no class belong into `ignore`"
+        )
+    return classes
+
+
+_CLASSES = TaskKind(
+    channels=None,
+    layout="map",
+    labelled=labelled_classes,
+    pixel_loss=cross_entropy,
+    metrics=ClassMetrics,
+    activation=lambda logits: logits.argmax(dim=1),
+    draw=draw_classes,
+    resample="nearest",
+    padding=None,
+    has_classes=True,
+    largest_label=lambda num_channels: num_channels - 1,
+    higher_is_better={"miou": True, "pixel_accuracy": True},
+    file_fields=("class_names", "num_classes", "class_map", "ignore"),
+    from_numbers=classes_from_numbers,
+)
+
+TASK_KINDS = {"semantic": _CLASSES, "parts": _CLASSES}
