@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from peft_talora import TaskSpec
-from peft_talora.drawing import draw, palette
+from peft_talora.drawing import color_range, draw, palette
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -18,21 +18,6 @@ from matplotlib.patches import Patch
 
 COLUMN_INCHES, LEGEND_LINE_INCHES, DPI = 2.6, 0.15, 110
 MAX_CLASSES = 24
-
-
-def value_range(spec: TaskSpec, maps: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """One colour scale for several maps of depth or values: from their 2nd to their 98th percentile.
-
-    Few stray pixels would make everything else one colour. None for kinds whose colours have a fixed meaning.
-    """
-    if spec.kind not in ("depth", "regression"):
-        return None
-    values = np.concatenate([values.ravel() for values in maps])
-    values = values[np.isfinite(values) & (values > 0)] if spec.kind == "depth" else values[np.isfinite(values)]
-    if not values.size:
-        return None
-    low, high = (float(value) for value in np.percentile(values, [2, 98]))
-    return low, max(high, low + 1e-6)
 
 
 def save_sheet(
@@ -50,11 +35,11 @@ def save_sheet(
         ranges: {task: colour scale}; default: one that all rows share.
     """
     if ranges is None:
-        ranges = {name: value_range(spec, [maps[name] for _, _, maps in rows]) for name, spec in tasks.items()}
+        ranges = {name: color_range(spec, [maps[name] for _, _, maps in rows]) for name, spec in tasks.items()}
     heights = [COLUMN_INCHES * image.shape[0] / image.shape[1] for _, image, _ in rows]
     shown = {name: classes_shown(spec, [maps[name] for *_, maps in rows]) for name, spec in tasks.items()}
     legend = max([0.55, *(LEGEND_LINE_INCHES * (min(len(ids), MAX_CLASSES + 1) + 1) for ids in shown.values())])
-    if any(spec.kind == "normals" for spec in tasks.values()):
+    if any(shows_directions(spec) for spec in tasks.values()):
         legend = max(legend, 1.1)
     size = (COLUMN_INCHES * (len(tasks) + 1), sum(heights) + 0.22 * len(rows) + legend + 0.2)
     figure, axes = plt.subplots(
@@ -102,18 +87,22 @@ def class_entries(spec: TaskSpec, classes: Sequence[int]) -> list[tuple[np.ndarr
 
 def bar_scale(spec: TaskSpec, value_range: tuple[float, float] | None) -> tuple[tuple[float, float], str] | None:
     """The ends of a colour bar and what it measures; None where a bar cannot say what the colours mean."""
-    if spec.kind == "binary":
-        return (0.0, 1.0), "probability"
-    if value_range is None or spec.kind not in ("depth", "regression") or spec.num_channels > 1:
+    limits = spec.task_kind.limits or value_range
+    if spec.task_kind.unit is None or limits is None or spec.num_channels > 1:
         return None
-    return value_range, "metres" if spec.kind == "depth" else "value"
+    return limits, spec.task_kind.unit
+
+
+def shows_directions(spec: TaskSpec) -> bool:
+    """Whether the colours are those of directions in space, which a ball explains."""
+    return spec.task_kind.is_direction and spec.num_channels == 3
 
 
 def _draw_legend(axis, spec: TaskSpec, classes: list[int], value_range: tuple[float, float] | None) -> None:
     axis.set_axis_off()
     if spec.task_kind.has_classes:
         _class_legend(axis, spec, classes)
-    elif spec.kind == "normals":
+    elif shows_directions(spec):
         _normals_legend(axis)
     elif (scale := bar_scale(spec, value_range)) is not None:
         _bar(axis, spec, *scale)

@@ -11,12 +11,12 @@ from html import escape
 from io import BytesIO
 
 import numpy as np
-from contact_sheet import bar_scale, class_entries, classes_shown, normals_ball, value_range
+from contact_sheet import bar_scale, class_entries, classes_shown, normals_ball, shows_directions
 from PIL import Image
 from predict import paint, thumbnail
 
 from peft_talora import TaskSpec
-from peft_talora.drawing import draw
+from peft_talora.drawing import color_range, draw
 
 SHOWN_SIDE = 1024  # longest side of a picture on the page, in pixels
 BAR_STEPS = 13  # colours of a bar's gradient; a multiple of what depth's colours lie between, and one
@@ -64,7 +64,7 @@ def data_uri(picture: np.ndarray, format: str = "PNG") -> str:
 
 
 def _card(name: str, spec: TaskSpec, values: np.ndarray, small: np.ndarray) -> str:
-    limits = value_range(spec, [values])
+    limits = color_range(spec, [values])
     picture = data_uri(layer(spec, small, limits))
     return (
         f'<figure data-task="{name}"><figcaption>{name}</figcaption>'
@@ -76,7 +76,7 @@ def _card(name: str, spec: TaskSpec, values: np.ndarray, small: np.ndarray) -> s
 def _legend(spec: TaskSpec, values: np.ndarray, limits: tuple[float, float] | None) -> str:
     if spec.task_kind.has_classes:
         return _classes(spec, values)
-    if spec.kind == "normals":
+    if shows_directions(spec):
         sides = ((1, 2, "faces up"), (2, 1, "left"), (2, 3, "right"), (3, 2, "down"))
         words = "".join(f'<span style="grid-area: {row} / {column}">{word}</span>' for row, column, word in sides)
         return f'<div class="ball"><img src="{data_uri(normals_ball())}" alt="the colours of a ball">{words}</div>'

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_talora.data import MultiTaskDataset, collate
-from peft_talora.drawing import draw
+from peft_talora.drawing import color_range, draw
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -42,7 +42,7 @@ def draw_predictions(model, processor, rows, tasks, path: Path, num_images: int 
         pictures = {"image": _image(item["pixel_values"], processor, size)}
         for name, spec in tasks.items():
             label = _crop(item["labels"][name], size, processor.image_size)
-            value_range = _value_range(label) if spec.kind == "depth" else None
+            value_range = color_range(spec, [label], (0, 100))  # that of the truth: equal colours mean equal values
             pictures[f"{name}: truth"] = draw(spec, label, value_range)
             pictures[f"{name}: prediction"] = draw(spec, prediction[name].cpu(), value_range)
         grid.append(pictures)
@@ -61,12 +61,6 @@ def _image(pixel_values: torch.Tensor, processor, size: tuple[int, int]) -> np.n
     image = _crop(pixel_values, size, processor.image_size) * std + mean
     image = F.interpolate(image[None].clamp(0, 1), size=size, mode="bilinear", align_corners=False)[0]
     return (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-
-
-def _value_range(depth: torch.Tensor) -> tuple[float, float] | None:
-    """One range for truth and prediction, so that equal colours mean equal metres."""
-    known = depth[torch.isfinite(depth) & (depth > 0)]
-    return (known.min().item(), known.max().item()) if known.numel() else None
 
 
 def _save_grid(grid: list[dict[str, np.ndarray]], path: Path) -> None:

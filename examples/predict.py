@@ -25,14 +25,14 @@ from tqdm.auto import tqdm
 
 import peft_talora as pt
 from peft_talora.data.images import IMAGE_SUFFIXES, read_image
-from peft_talora.drawing import draw
+from peft_talora.drawing import color_range, draw
 from peft_talora.msam.loading import checkpoint_type, load_sam
 from peft_talora.msam.processing import check_sides
 from peft_talora.saving.description import read_config, read_msam_fields
 from peft_talora.saving.directory import written_aside
 
 sys.path.insert(0, str(Path(__file__).parent))
-from contact_sheet import save_sheet, value_range
+from contact_sheet import save_sheet
 
 SHEET = "contact_sheet.png"
 SHEET_SIDE = 320  # longest side of a picture on the sheet, in pixels
@@ -212,7 +212,7 @@ def array_type(values: torch.Tensor) -> type:
 
 def paint(spec: pt.TaskSpec, values: np.ndarray, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What is laid over an image, (H, W, 3), and how much of each pixel it covers, (H, W, 1): of a mask what is in it."""
-    if spec.kind == "binary":
+    if spec.task_kind.limits is not None:
         return np.broadcast_to(MASK_COLOR, picture.shape), values[..., None]
     return picture.astype(np.float64), np.ones((*picture.shape[:2], 1))
 
@@ -220,7 +220,7 @@ def paint(spec: pt.TaskSpec, values: np.ndarray, picture: np.ndarray) -> tuple[n
 def overlay(spec: pt.TaskSpec, image: np.ndarray, values: np.ndarray, picture: np.ndarray) -> np.ndarray:
     """The map over the image, uint8 (H, W, 3)."""
     color, cover = paint(spec, values, picture)
-    share = (0.65 if spec.kind == "binary" else 0.5) * cover
+    share = (0.5 if spec.task_kind.limits is None else 0.65) * cover
     return np.rint((1 - share) * image + share * color).astype(np.uint8)
 
 
@@ -228,11 +228,11 @@ def save_picture(folder: Path, name: str, image: np.ndarray, maps: Mapping, spec
     """All files of a picture, together or not at all."""
     with written_aside(folder) as aside:
         for task, values in maps.items():
-            picture = draw(specs[task], values, value_range(specs[task], [values]))
+            picture = draw(specs[task], values, color_range(specs[task], [values]))
             Image.fromarray(picture).save(aside / f"{task}.png")
             Image.fromarray(overlay(specs[task], image, values, picture)).save(aside / f"{task}_overlay.png")
             np.savez_compressed(aside / f"{task}.npz", **{task: values})
-        ranges = {task: value_range(specs[task], [values]) for task, values in maps.items()}
+        ranges = {task: color_range(specs[task], [values]) for task, values in maps.items()}
         save_sheet([thumbnail(name, image, maps, 2 * SHEET_SIDE)], specs, aside / "overview.png", ranges)
 
 

@@ -33,6 +33,7 @@ _STRIP_PIXELS = 1 << 20
 
 # Values that differ by less, for their size, are all but equal: their differences must not be spread over all colours.
 _LEAST_SPREAD = 0.01
+_LEAST_RANGE = 1e-6
 
 
 def draw(spec: TaskSpec, values: Any, value_range: tuple[float, float] | None = None) -> np.ndarray:
@@ -86,8 +87,8 @@ def color_range(
     if not values.size:
         return None
     low, high = (float(value) for value in np.percentile(values, percentiles))
-    missing = _LEAST_SPREAD * max(abs(low), abs(high)) - (high - low)
-    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, max(high, low + 1e-6))
+    missing = max(_LEAST_SPREAD * max(abs(low), abs(high)), _LEAST_RANGE) - (high - low)
+    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 
 def _checked_map(spec: TaskSpec, values: Any) -> np.ndarray:

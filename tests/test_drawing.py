@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_talora.drawing import UNLABELLED, draw, palette
+from peft_talora.drawing import UNLABELLED, color_range, draw, palette
 from peft_talora.msam.tasks import TaskSpec
 
 GREY = tuple(int(value) for value in UNLABELLED)
@@ -78,3 +78,41 @@ def test_regression():
 def test_wrong_shape_is_named(kind, shape):
     with pytest.raises(ValueError, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
         draw(TaskSpec(kind), np.zeros(shape))
+
+
+def test_colour_scales_leave_stray_pixels_out():
+    depth = np.linspace(1, 2, 1000)[None]
+    depth[0, :2] = 1e6, 0.0
+    low, high = color_range(TaskSpec("depth"), [depth])
+    assert 1 < low < 1.05 and 1.95 < high < 2
+    assert color_range(TaskSpec("semantic", 3), [depth]) is None
+    assert color_range(TaskSpec("depth"), [np.zeros((1, 4))]) is None
+
+
+def test_a_scale_is_that_of_all_maps_together():
+    first, second = np.array([[1.0, 2.0]]), np.array([[[np.nan, 5.0]]])
+    assert color_range(TaskSpec("regression", 1), [first, second], (0, 100)) == (1.0, 5.0)
+
+
+@pytest.mark.parametrize("level", [0.0, 2.0, -300.0])
+def test_a_constant_map_does_not_look_like_noise(level):
+    values = level + 1e-9 * np.random.default_rng(0).standard_normal((20, 20))
+    picture = draw(TaskSpec("regression", 1), values).astype(int)
+    assert picture.max() - picture.min() <= 15
+    # and beside a constant truth a prediction is not all black and white
+    scale = color_range(TaskSpec("regression", 1), [np.full((4, 4), level)])
+    assert scale[0] < level < scale[1]
+
+
+def test_large_maps_are_drawn_as_small_ones(monkeypatch):
+    rng = np.random.default_rng(0)
+    maps = [
+        (TaskSpec("semantic", 5), rng.integers(-1, 5, (30, 7))),
+        (TaskSpec("depth"), rng.uniform(0, 4, (30, 7))),
+        (TaskSpec("normals"), rng.standard_normal((3, 30, 7))),
+        (TaskSpec("regression", 4), rng.standard_normal((4, 30, 7))),
+    ]
+    whole = [draw(spec, values) for spec, values in maps]
+    monkeypatch.setattr("peft_talora.drawing._STRIP_PIXELS", 20)
+    for (spec, values), expected in zip(maps, whole, strict=True):
+        assert (draw(spec, values) == expected).all()

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..msam.labels import label_tensor, resize_label
+from ..msam.labels import label_tensor, resize_label, square_label
 from ..msam.processing import MSamProcessor, image_array
 from ..msam.tasks import KINDS, Tasks, TaskSpec, parse_tasks
 from .columns import IGNORE_INDEX, IMAGE_COLUMN, TASK_COLUMNS, TaskColumn, task_column
@@ -92,7 +92,7 @@ class MultiTaskDataset(torch.utils.data.Dataset):
     Args:
         dataset: Rows with an ``image`` and label columns.
         tasks: The tasks to give labels of, as ``parse_tasks`` takes them, named as in [`TASK_COLUMNS`] or as a column.
-        processor: Gives the image size, the mean and the standard deviation.
+        processor: Prepares the images; its image size is that of the labels. Its tasks do not matter here.
         augment: Random changes, for training.
         seed: Seed of those, >= 0.
 
@@ -112,9 +112,7 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         self.tasks = parse_tasks(tasks)
         _check_kinds(self.tasks, dataset.column_names)
         _check_image_column(dataset.column_names)
-        self.processor = MSamProcessor(
-            processor.image_size, self.tasks, image_mean=processor.image_mean, image_std=processor.image_std
-        )
+        self.processor = processor
         self.augment = augment
         self.seed = seed
         self.epoch = 0
@@ -131,11 +129,14 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         if self.augment is not None:
             rng = np.random.default_rng([self.seed, self.epoch, index])
             image, labels = self.augment(rng, image, labels, self.tasks)
-        batch = self.processor([image])
+        batch = self.processor.pixel_batch([image])
         return {
             "pixel_values": batch["pixel_values"][0],
             # checked when they were read; a crop of them may look odd
-            "labels": {name: self.processor.square_label(name, label) for name, label in labels.items()},
+            "labels": {
+                name: square_label(self.tasks[name], label, self.processor.image_size)
+                for name, label in labels.items()
+            },
             "original_size": batch["original_sizes"][0],
         }
 

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from ..kinds import TaskSpec
 from ..losses import check_labels
-from .tasks import TaskSpec
-
-Size = tuple[int, int]
+from .geometry import Size, reshaped_size
 
 # Below this share of labelled pixels in the mean, what is left is rounding.
 _MIN_VALID = 1e-6
+_ROUNDING = 1e-4
 
 # Of these tasks a label was doubted; once per process is enough.
 _doubted: set[str] = set()
@@ -25,13 +26,17 @@ _doubted: set[str] = set()
 def label_tensor(name: str, spec: TaskSpec, label: Any, size: Size) -> Tensor:
     """One image's label map in the form that losses and metrics take, every unlabelled pixel being ``spec.padding``.
 
+    All labels come into the package here: their values are checked once, and what marks unlabelled pixels outside (a
+    negative class, a depth of NaN, the mask of a masked array) is that one value from here on.
+
     A map that is possible, but most likely in another unit (a mask of 0 and 255, depth in millimetres), is a warning, once per
     process and task.
 
     Args:
         name: The task's name, for messages.
         spec: The task.
-        label: Array, tensor or PIL image (H, W) or (C, H, W), or None for an unlabelled image.
+        label: Array, tensor or PIL image (H, W) or (C, H, W), or None for an unlabelled image. What a numpy masked array
+            masks is unlabelled.
         size: (H, W) of the image.
 
     Returns:
@@ -45,7 +50,7 @@ def label_tensor(name: str, spec: TaskSpec, label: Any, size: Size) -> Tensor:
     dtype = torch.int64 if is_map else torch.float32
     if label is None:
         return torch.full(shape, spec.padding, dtype=dtype)
-    label = label.detach().cpu() if isinstance(label, Tensor) else torch.from_numpy(np.array(label))
+    label = label.detach().cpu() if isinstance(label, Tensor) else torch.from_numpy(_array(label, spec))
     if label.ndim == 3 and label.shape[0] == 1 and is_map:
         label = label[0]
     if label.ndim == 2 and shape[0] == 1 and not is_map:
@@ -60,12 +65,30 @@ def label_tensor(name: str, spec: TaskSpec, label: Any, size: Size) -> Tensor:
     return torch.where(_labelled(spec, label), label, torch.tensor(spec.padding, dtype=dtype))
 
 
+def _array(label: Any, spec: TaskSpec) -> np.ndarray:
+    """A copy; what a masked array masks in any channel is unlabelled."""
+    values = np.array(label)
+    if isinstance(label, np.ma.MaskedArray):
+        is_integer = spec.task_kind.layout == "map" and np.issubdtype(values.dtype, np.integer)
+        values = values.astype(np.int64 if is_integer else np.float64)
+        masked = np.ma.getmaskarray(label)
+        values[..., masked.any(axis=0) if values.ndim == 3 else masked] = spec.padding
+    return values
+
+
+def square_label(spec: TaskSpec, label: Tensor, image_size: int) -> Tensor:
+    """A label map from [`label_tensor`], resized and padded as its image is: (S, S) or (C, S, S)."""
+    height, width = reshaped_size(label.shape[-2:], image_size)
+    label = resize_label(spec, label, (height, width))
+    return F.pad(label, (0, image_size - width, 0, image_size - height), value=spec.padding)
+
+
 def resize_label(spec: TaskSpec, label: Tensor, size: Size) -> Tensor:
     """A label map from [`label_tensor`] at another resolution.
 
-    Classes and masks take the nearest pixel. Other values are the mean (a triangle filter, as for the image) over the
-    labelled pixels alone, so that holes neither bleed into their surroundings nor grow; a pixel without any labelled
-    one under the filter is unlabelled. Directions are normalised again.
+    Classes take the nearest pixel. Masks do, too, but where they shrink: see [`_cover`]. Other values are the mean (a
+    triangle filter, as for the image) over the labelled pixels alone, so that holes neither bleed into their surroundings
+    nor grow; a pixel without any labelled one under the filter is unlabelled. Directions are normalised again.
 
     Args:
         spec: The task.
@@ -74,6 +97,8 @@ def resize_label(spec: TaskSpec, label: Tensor, size: Size) -> Tensor:
     """
     if tuple(label.shape[-2:]) == tuple(size):
         return label
+    if spec.task_kind.resample == "cover":
+        return _cover(spec, label, size)
     if spec.task_kind.resample == "nearest":
         return _nearest(label, size)
     labelled = _labelled(spec, label)
@@ -86,6 +111,24 @@ def resize_label(spec: TaskSpec, label: Tensor, size: Size) -> Tensor:
         valid = valid & (length > _MIN_VALID)
         mean = mean / length.clamp(min=_MIN_VALID)
     return torch.where(valid, mean, torch.tensor(spec.padding, dtype=label.dtype))
+
+
+def _cover(spec: TaskSpec, mask: Tensor, size: Size) -> Tensor:
+    """A mask (1, H, W) of which no line gets lost: a pixel is positive where positives cover enough of it.
+
+    Made smaller to s times its size, a line of one pixel covers s of the pixels that it runs through, or shares that
+    among two of them. Enough is s / 2, so that it stays; the maximum would make lines up to 1.8 times as thick, and keep
+    every stray pixel. For soft masks, of numbers between 0 and 1, what is at least 0.5 is positive.
+    """
+    nearest = _nearest(mask, size)
+    scale = max(new / old for new, old in zip(size, mask.shape[-2:], strict=True))
+    if scale >= 1:
+        return nearest
+    positive = (_labelled(spec, mask) & (mask[0] >= 0.5)).float()
+    box = Image.fromarray(positive.numpy()).resize((size[1], size[0]), Image.Resampling.BOX)
+    enough = torch.from_numpy(np.array(box)) >= scale / 2 - _ROUNDING
+    was_positive = _labelled(spec, nearest) & (nearest[0] >= 0.5)
+    return torch.where(enough == was_positive, nearest, enough.to(mask.dtype))
 
 
 def _warn_of_doubt(name: str, spec: TaskSpec, label: Tensor) -> None:

@@ -6,25 +6,21 @@ values are normalised, and zeros fill up the square at the bottom and on the rig
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, SamImageProcessorPil
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers.image_processing_base import ImageProcessingMixin
 
-from ..losses import resize_logits
-from .labels import label_tensor, resize_label
+from .geometry import check_sides, reshaped_size, restore_logits
+from .labels import label_tensor, square_label
 from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
 
-Size = tuple[int, int]
+__all__ = ["MSamBatch", "MSamProcessor", "check_sides", "image_array", "post_process", "reshaped_size"]
 
 
 class MSamBatch(BatchFeature):
@@ -39,8 +35,11 @@ class MSamBatch(BatchFeature):
         return self
 
 
-class MSamProcessor:
+class MSamProcessor(ImageProcessingMixin):
     """Prepares images and label maps for an mSAM, and its logits for use.
+
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are transformers' own: the file is
+    ``preprocessor_config.json``, and the latter two take a repository of the Hub too.
 
     Args:
         image_size: Side S of the model's square input, in pixels.
@@ -59,6 +58,7 @@ class MSamProcessor:
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
+        super().__init__()
         if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
             raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
         self.image_size = image_size
@@ -100,22 +100,20 @@ class MSamProcessor:
         arrays = [image_array(image) for image in ([images] if single else images)]
         if not arrays:
             raise ValueError("expected at least one image, got an empty list")
-        for image in arrays:
-            check_sides(image.shape[:2], self.image_size)
-        batch = MSamBatch(dict(self._images(arrays, input_data_format="channels_last", return_tensors="pt")))
-        for key in ("original_sizes", "reshaped_input_sizes"):
-            batch[key] = torch.as_tensor(np.asarray(batch[key]), dtype=torch.long)
+        batch = self.pixel_batch(arrays)
         if labels is not None:
             rows = [labels] if isinstance(labels, Mapping) else list(labels)
             batch["labels"] = self._label_batch(rows, batch["original_sizes"].tolist())
         return batch
 
-    def square_label(self, name: str, label: Tensor) -> Tensor:
-        """One image's label map, as ``label_tensor`` makes it, resized and padded as the image is: (S, S) or (C, S, S)."""
-        spec = self._tasks()[name]
-        height, width = reshaped_size(label.shape[-2:], self.image_size)
-        label = resize_label(spec, label, (height, width))
-        return F.pad(label, (0, self.image_size - width, 0, self.image_size - height), value=spec.padding)
+    def pixel_batch(self, arrays: Sequence[np.ndarray]) -> MSamBatch:
+        """What ``processor(images)`` gives for images that [`image_array`] made: at least one, each uint8 (H, W, 3)."""
+        for image in arrays:
+            check_sides(image.shape[:2], self.image_size)
+        batch = MSamBatch(dict(self._images(list(arrays), input_data_format="channels_last", return_tensors="pt")))
+        for key in ("original_sizes", "reshaped_input_sizes"):
+            batch[key] = torch.as_tensor(np.asarray(batch[key]), dtype=torch.long)
+        return batch
 
     def post_process(
         self, output: Any, target_sizes: Any, tasks: Sequence[str] | None = None
@@ -136,30 +134,18 @@ class MSamProcessor:
         image_index = getattr(output, "image_index", None)
         return post_process(logits, self._tasks(), target_sizes, self.image_size, image_index)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write ``preprocessor_config.json`` into a directory, which is made if need be."""
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / IMAGE_PROCESSOR_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs: Any) -> MSamProcessor:
-        """Read what ``save_pretrained`` wrote.
-
-        Args:
-            pretrained_model_name_or_path: A directory, or a repository of the Hub.
-            **hub_kwargs: For the download: ``revision``, ``token``, ``cache_dir``, ...
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> MSamProcessor:
+        """The processor that ``to_dict`` describes; further arguments take the place of what it says.
 
         Raises:
-            OSError: If there is no such file.
-            ValueError: If it belongs to another processor.
+            ValueError: If it describes another processor.
         """
-        path = cached_file(pretrained_model_name_or_path, IMAGE_PROCESSOR_NAME, **hub_kwargs)
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = dict(image_processor_dict)
         kind = values.pop("image_processor_type", None)
         if kind != cls.__name__:
-            raise ValueError(f"{path} is of a {kind}, not of an {cls.__name__}")
-        return cls(**values)
+            raise ValueError(f"expected the file of an {cls.__name__}, got that of a {kind}")
+        return cls(**{**values, **kwargs})
 
     def to_dict(self) -> dict[str, Any]:
         """The processor as JSON has it."""
@@ -187,27 +173,12 @@ class MSamProcessor:
         return {
             name: torch.stack(
                 [
-                    self.square_label(name, label_tensor(name, spec, row.get(name), tuple(size)))
+                    square_label(spec, label_tensor(name, spec, row.get(name), tuple(size)), self.image_size)
                     for row, size in zip(rows, sizes, strict=True)
                 ]
             )
             for name, spec in tasks.items()
         }
-
-
-def reshaped_size(size: Sequence[int], image_size: int) -> Size:
-    """(height, width) of an image whose longest side was resized to ``image_size``, as SAM's processor rounds it."""
-    scale = image_size * 1.0 / max(size)
-    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
-
-
-def check_sides(size: Sequence[int], image_size: int) -> None:
-    """Refuse an image (height, width) so thin that nothing of its shorter side is left at the model's resolution."""
-    if min(reshaped_size(size, image_size)) < 1:
-        raise ValueError(
-            f"an image of {size[0]} x {size[1]} pixels (height x width) is too thin: where its longer side has "
-            f"{image_size} pixels, the shorter one has none"
-        )
 
 
 def image_array(image: Any) -> np.ndarray:
@@ -269,15 +240,9 @@ def post_process(
         if len(task_logits) != len(images):
             raise ValueError(f"task {name!r} has logits for {len(task_logits)} images, expected {len(images)}")
         for row, image in zip(task_logits, images, strict=True):
-            restored = _restore(row[None], sizes[image], image_size)
+            restored = restore_logits(row[None], sizes[image], image_size)
             predictions[image][name] = specs[name].task_kind.activation(restored)[0]
     return predictions
-
-
-def _restore(logits: Tensor, size: Size, image_size: int) -> Tensor:
-    """Logits (1, N, h, w) of the padded square as (1, N, H, W) of the image, in the two steps of SAM's processor."""
-    height, width = reshaped_size(size, image_size)
-    return resize_logits(resize_logits(logits, (image_size, image_size))[..., :height, :width], size)
 
 
 def _channels_last(image: np.ndarray, first: bool) -> np.ndarray:

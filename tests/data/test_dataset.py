@@ -15,7 +15,7 @@ from peft_talora.data import (
     load_multitask_dataset,
 )
 from peft_talora.losses import task_loss
-from peft_talora.msam.processing import MSamProcessor
+from peft_talora.msam.processing import MSamProcessor, image_array
 from peft_talora.msam.tasks import TaskSpec
 
 datasets = pytest.importorskip("datasets")
@@ -278,6 +278,30 @@ def test_collate_names_the_row_without_labels(rows):
     labels = [{"depth": torch.ones(1, 8, 8)}, {}]
     with pytest.raises(ValueError, match=f"row {rows.index(1)} of the batch has no labels of 'depth'"):
         collate([{"pixel_values": pixels, "labels": labels[row]} for row in rows])
+
+
+def test_the_processor_that_was_given_prepares_the_images():
+    class Inverted(MSamProcessor):
+        def pixel_batch(self, arrays):
+            batch = super().pixel_batch([255 - array for array in arrays])
+            return batch
+
+    rows, tasks = make_dataset([make_row(0)]), {"depth": TaskSpec("depth")}
+    given = Inverted(32, tasks={"other": TaskSpec("depth")})
+    item = MultiTaskDataset(rows, tasks, given)[0]
+    plain = MultiTaskDataset(rows, tasks, MSamProcessor(32))[0]
+    assert not torch.equal(item["pixel_values"], plain["pixel_values"])
+    assert torch.equal(item["labels"]["depth"], plain["labels"]["depth"])
+
+
+def test_an_image_is_converted_once(monkeypatch):
+    from peft_talora.data import dataset as module
+
+    calls = []
+    monkeypatch.setattr(module, "image_array", lambda image: calls.append(1) or image_array(image))
+    monkeypatch.setattr("peft_talora.msam.processing.image_array", lambda image: calls.append(1) or image_array(image))
+    MultiTaskDataset(make_dataset([make_row(0)]), {"depth": TaskSpec("depth")}, MSamProcessor(32))[0]
+    assert calls == [1]
 
 
 class TestDoubtfulLabels:

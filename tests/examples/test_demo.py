@@ -18,13 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contact_sheet import value_range
 from PIL import Image
 from small_adapters import make_adapter
 from small_models import make_sam
 
 import peft_talora as pt
-from peft_talora.drawing import draw
+from peft_talora.drawing import color_range, draw
 
 pytest.importorskip("gradio", reason="the demo page needs gradio")
 import demo as script
@@ -303,7 +302,7 @@ class TestPage:
         assert len(page.find("#maps figure")) == 1
 
         depth = predicted(adapters["rooms"], picture(), "depth")["depth"]
-        expected = draw(TASKS["depth"], depth, value_range(TASKS["depth"], [depth])).astype(float)
+        expected = draw(TASKS["depth"], depth, color_range(TASKS["depth"], [depth])).astype(float)
         data = image.get_attribute("src").partition("base64,")[2]
         np.testing.assert_allclose(np.array(Image.open(BytesIO(b64decode(data))))[..., :3], expected, atol=1)
 
@@ -324,7 +323,7 @@ class TestPage:
         page.wait("#download:not([disabled])")
         page.requests()
         depth = predicted(adapters["rooms"], picture(), "depth")["depth"]
-        covered = draw(TASKS["depth"], depth, value_range(TASKS["depth"], [depth])).mean(axis=(0, 1))
+        covered = draw(TASKS["depth"], depth, color_range(TASKS["depth"], [depth])).mean(axis=(0, 1))
         plain = picture().mean(axis=(0, 1))
         assert np.abs(covered - plain).max() > 30
         slider = page.find("#opacity input[type=range]")[0]

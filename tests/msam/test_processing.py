@@ -252,6 +252,16 @@ def test_saved_and_loaded(tmp_path):
         MSamProcessor.from_pretrained(tmp_path)
 
 
+def test_loading_may_change_what_was_saved(tmp_path):
+    MSamProcessor(SIZE, TASKS).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["preprocessor_config.json"]
+    assert MSamProcessor.from_pretrained(tmp_path, image_size=32, tasks={"depth": TaskSpec("depth")}).to_dict() == (
+        MSamProcessor(32, {"depth": TaskSpec("depth")}).to_dict()
+    )
+    with pytest.raises(TypeError, match="sharpness"):
+        MSamProcessor.from_pretrained(tmp_path, sharpness=2)
+
+
 def test_from_model():
     config = SimpleNamespace(vision_config=SimpleNamespace(image_size=96), tasks=[{"name": "far", "kind": "depth"}])
     processor = MSamProcessor.from_model(SimpleNamespace(config=config))
