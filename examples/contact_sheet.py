@@ -8,6 +8,7 @@ from textwrap import shorten
 
 import matplotlib
 import numpy as np
+from picture_files import MARK
 
 from peft_talora import TaskSpec
 from peft_talora.drawing import color_range, draw, palette
@@ -15,6 +16,9 @@ from peft_talora.drawing import color_range, draw, palette
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
+
+# a dollar in the name of a file or a class is one
+matplotlib.rcParams["text.parse_math"] = False
 
 COLUMN_INCHES, LEGEND_LINE_INCHES, DPI = 2.6, 0.15, 110
 MAX_CLASSES = 24
@@ -54,7 +58,7 @@ def save_sheet(
     axes[-1, 0].set_axis_off()
     for axis, (name, spec) in zip(axes[-1, 1:], tasks.items(), strict=True):
         _draw_legend(axis, spec, shown[name], ranges[name])
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI, metadata={"Software": MARK})
     plt.close(figure)
 
 
@@ -110,9 +114,10 @@ def _draw_legend(axis, spec: TaskSpec, classes: list[int], value_range: tuple[fl
 
 def _class_legend(axis, spec: TaskSpec, classes: list[int]) -> None:
     patches = [
-        Patch(facecolor="none", label=name)
+        # a legend leaves out what begins with an underscore
+        Patch(facecolor="none", label=f" {name}")
         if color is None
-        else Patch(facecolor=color / 255, edgecolor="0.4", linewidth=0.5, label=name)
+        else Patch(facecolor=color / 255, edgecolor="0.4", linewidth=0.5, label=f" {name}")
         for color, name in class_entries(spec, classes)
     ]
     axis.legend(

@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -33,21 +33,22 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 
 import peft_talora as pt
-from peft_talora.data.images import read_image
 
 sys.path.insert(0, str(Path(__file__).parent))
 import map_cards
+from picture_files import read_picture
 from predict import (
     Unusable,
     adapter_folder,
     add_model_arguments,
     check_model_arguments,
     load_model,
-    predict,
     save_picture,
 )
+from prediction import VIEW_SIDE, make_picture, predict, shrink_image
 
 KEPT_RESULTS = 8
+QUEUE = 32  # runs that wait; whoever comes then is told to try again
 OPACITY = 0.6
 DOWNLOAD = "Download the maps (ZIP)"
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -108,19 +109,25 @@ class Result:
 class Results:
     """The latest results, of all who look at the page: the model runs once per picture, adapter and tasks."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], folder: Path, kept: int = KEPT_RESULTS) -> None:
+    def __init__(
+        self, adapters: Mapping[str, Adapter], folder: Path, kept: int = KEPT_RESULTS, max_megapixels: float = 64
+    ) -> None:
         self.adapters = adapters
         self.folder = folder
         self.kept = kept
+        self.max_megapixels = max_megapixels
         self._results: OrderedDict[tuple, Result] = OrderedDict()
-        self._lock = threading.Lock()
+        self._reading, self._lock = threading.Lock(), threading.Lock()
+        self._packing: Future[Path] | None = None
         # one, for matplotlib's figures are not made for several threads
         self._packer = ThreadPoolExecutor(max_workers=1)
 
     def get(self, file: Path, adapter: str, tasks: list[str]) -> Result:
         """The result of a picture's file; ValueError, with a message for the user, where it cannot be read."""
         try:
-            image = read_image(file)
+            # unpacked one after the other: a small file may hold a large picture
+            with self._reading:
+                image = read_picture(file, self.max_megapixels)
         except ValueError as error:
             # where uploads lie is nobody's business
             raise ValueError(str(error).replace(str(file), file.name)) from error
@@ -134,16 +141,20 @@ class Results:
             return self._results[key]
 
     def _predict(self, file: Path, image: np.ndarray, adapter: str, tasks: list[str]) -> Result:
+        # the maps of one picture at a time
+        if self._packing is not None:
+            wait([self._packing])
         chosen = self.adapters[adapter]
         specs = {task: chosen.specs[task] for task in tasks}
-        maps = next(predict(chosen.model, chosen.processor, [image], tasks))
+        picture = make_picture(file.name, file, image, chosen.processor)
+        maps = dict(predict(chosen.model, [picture], tasks)[0])
         height, width = image.shape[:2]
         title = f'<p class="hint">{escape(file.name)}, {width} x {height} pixels, adapter {escape(adapter)}</p>'
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         name = file.stem.strip(".") or "picture"
-        result = Result(
-            title + map_cards.cards(image, maps, specs), self._packer.submit(pack, folder, name, image, maps, specs)
-        )
+        view = shrink_image(image, VIEW_SIDE)
+        self._packing = self._packer.submit(pack, folder, name, view, maps, specs)
+        result = Result(title + map_cards.cards(view, maps, specs), self._packing)
         # the files go when nobody waits for them any more
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
         return result
@@ -190,7 +201,7 @@ def make_page(results: Results) -> gr.Blocks:
         adapter.change(choose_tasks, adapter, tasks, api_visibility="private")
         result = gr.State(time_to_live=3600)
         shown = run.click(
-            functools.partial(show, results), [picture, adapter, tasks], [maps, download, result], concurrency_limit=8,
+            functools.partial(show, results), [picture, adapter, tasks], [maps, download, result], concurrency_limit=2,
             api_visibility="private",
         )  # fmt: skip
         # the files take longer than the maps, and whoever runs again does not want the old ones any more
@@ -222,7 +233,12 @@ def offer(result: Result | None) -> gr.DownloadButton:
     """Let the files of a result be downloaded, as soon as they are there."""
     if result is None:
         return gr.skip()
-    return gr.DownloadButton(DOWNLOAD, value=str(result.archive.result()), interactive=True)
+    try:
+        archive = result.archive.result()
+    except Exception as error:
+        print(f"the files of a download could not be written: {error!r}", file=sys.stderr, flush=True)
+        return gr.DownloadButton("The files could not be written", value=None, interactive=False)
+    return gr.DownloadButton(DOWNLOAD, value=str(archive), interactive=True)
 
 
 def message(text: str) -> str:
@@ -247,7 +263,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace, folder: Path) -> None:
     """Load the adapters and show the page until the process is interrupted."""
-    page = make_page(Results(load_adapters(args.adapters, args.base, args.device), folder))
+    adapters = load_adapters(args.adapters, args.base, args.device)
+    page = make_page(Results(adapters, folder, max_megapixels=args.max_megapixels)).queue(max_size=QUEUE)
     _, address, public = page.launch(
         server_port=args.port, share=args.share, css=CSS, theme=gr.themes.Default(**FONTS), footer_links=[],
         ssr_mode=False, max_file_size="100mb", enable_monitoring=False, quiet=True, prevent_thread_lock=True,

@@ -15,6 +15,9 @@ from peft_talora.drawing import color_range, draw
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+# a dollar in the name of a file or a class is one
+matplotlib.rcParams["text.parse_math"] = False
+
 
 @torch.inference_mode()
 def draw_predictions(model, processor, rows, tasks, path: Path, num_images: int = 4) -> None:

@@ -2,9 +2,10 @@
 
     python examples/predict.py --adapter runs/multitask IMAGE_OR_FOLDER... --output-dir predictions
 
-Every picture gets a folder: for each task a coloured map, an overlay and the numbers at the picture's own resolution,
-and an overview with legends. A contact sheet shows all pictures. Read from top to bottom: arguments, pictures, models,
-drawing, the loop. Exit code: 0, 1 where pictures were skipped, 2 where nothing was done.
+Every picture gets a folder: for each task a coloured map and the numbers at the picture's own resolution, an overlay (of
+at most 4096 pixels), and an overview with legends. A contact sheet shows all pictures. Files that are not its own are never
+overwritten without --overwrite. Read from top to bottom: arguments, models, predictions, drawing, the loop. Exit code: 0, 1
+where pictures were skipped, 2 where nothing was done.
 """
 
 from __future__ import annotations
@@ -12,30 +13,30 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from PIL import Image
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import peft_talora as pt
-from peft_talora.data.images import IMAGE_SUFFIXES, read_image
 from peft_talora.drawing import color_range, draw
 from peft_talora.msam.loading import checkpoint_type, load_sam
-from peft_talora.msam.processing import check_sides
 from peft_talora.saving.description import read_config, read_msam_fields
 from peft_talora.saving.directory import written_aside
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contact_sheet import save_sheet
+from picture_files import OutputFiles, find_pictures, read_picture, refuse_foreign, save_numbers, save_png
+from prediction import Maps, Picture, make_picture, one_thread, predict, shrink_image, shrink_map
+from tiles import predict_tiled
 
 SHEET = "contact_sheet.png"
 SHEET_SIDE = 320  # longest side of a picture on the sheet, in pixels
+BATCH_PIXELS = 16_000_000  # of the pictures that go through the model together: larger ones go alone
 MASK_COLOR = np.array([255.0, 120.0, 0.0])  # what an overlay paints a mask with
 
 
@@ -58,9 +59,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="+", help="default: all that the adapter has")
     add("--batch-size", type=int, default=4)
     add("--sheet-rows", type=int, default=64, help="pictures on the contact sheet at most, the first ones")
+    add("--tile", action="store_true", help="predict tile by tile, each as large as the model's input, at the picture's own "
+        "resolution: for aerial images and micrographs, not for scenes that have to be seen as a whole")  # fmt: skip
+    add("--tile-side", type=int, help="side of a tile in pixels of the picture; default: the model's input")
+    add("--overwrite", action="store_true", help="replace files in the output that no earlier prediction wrote, too")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "sheet_rows"):
-        if getattr(args, name) < 1:
+    if args.tile_side is not None and not args.tile:
+        parser.error("--tile-side means something with --tile alone")
+    for name in ("batch_size", "sheet_rows", "tile_side"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.output_dir.is_file():
         parser.error(f"--output-dir: {args.output_dir} is a file")
@@ -74,6 +81,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder that training wrote, or a Hub id; repeat it for several adapters, each with its own tasks; "
         "default: runs/multitask")  # fmt: skip
     add("--base", help="the SAM; default: the one that the adapter was trained on")
+    add("--max-megapixels", type=float, default=64, help="a picture with more pixels is not read; default: 64")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -84,6 +92,8 @@ def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device: {error}")
+    if not args.max_megapixels > 0:
+        parser.error(f"--max-megapixels must be above 0, got {args.max_megapixels}")
     args.adapters = name_adapters(parser, args.adapter or ["runs/multitask"])
 
 
@@ -100,52 +110,6 @@ def name_adapters(parser: argparse.ArgumentParser, given: list[str]) -> dict[str
             parser.error(f"--adapter: {adapters[name]} and {path} are both called {name!r}: write NAME={path}")
         adapters[name] = path
     return adapters
-
-
-# --- Pictures -------------------------------------------------------------------------------------------------------
-
-
-def find_pictures(given: list[Path], output_dir: Path) -> dict[str, Path]:
-    """{name of its folder in the output: file}, without what lies in the output already."""
-    files: list[tuple[Path, Path]] = []  # the name, without a suffix, and the file
-    for path in given:
-        if path.is_dir():
-            inside = sorted(
-                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-            )
-            inside = [file for file in inside if output_dir.resolve() not in file.resolve().parents]
-            files += [(file.relative_to(path).with_suffix(""), file) for file in inside]
-        else:
-            files.append((Path(path.stem), path))
-    pictures: dict[str, Path] = {}
-    for name, file in files:
-        if file.resolve() in {other.resolve() for other in pictures.values()}:
-            continue
-        unique = name.as_posix()
-        number = 2
-        while unique in pictures:
-            unique, number = f"{name.as_posix()}-{number}", number + 1
-        pictures[unique] = file
-    return pictures
-
-
-def read_batches(
-    pictures: Mapping[str, Path], size: int, image_size: int, skip: Callable[[Path, str], None]
-) -> Iterator[list]:
-    """Lists of (name, image); pictures that cannot be read, or not be shown to the model, are given to `skip`."""
-    batch = []
-    for name, file in pictures.items():
-        try:
-            image = read_image(file)
-            check_sides(image.shape[:2], image_size)
-            batch.append((name, image))
-        except ValueError as error:
-            skip(file, str(error) if str(file) in str(error) else f"{file}: {error}")
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 # --- Models ---------------------------------------------------------------------------------------------------------
@@ -189,65 +153,113 @@ def load_model(folder: Path, base: str | None, device: torch.device):
     return pt.MSamForMultiTask.from_adapter(folder, base_model=load_base(base) if base else None).to(device).eval()
 
 
-@torch.inference_mode()
-def predict(model, processor: pt.MSamProcessor, images: list[np.ndarray], tasks: list[str]) -> Iterator[dict]:
-    """{task: array} of each image, at its resolution."""
-    pixels = processor(images)["pixel_values"].to(model.device)
-    logits = {name: values.float().cpu() for name, values in model(pixel_values=pixels, tasks=tasks).logits.items()}
-    for index, image in enumerate(images):
-        # one image after the other: at their own resolution all channels of all images could be too much at once
-        one = SimpleNamespace(logits={name: values[index : index + 1] for name, values in logits.items()})
-        maps = processor.post_process(one, [image.shape[:2]])[0]
-        yield {name: values.numpy().astype(array_type(values)) for name, values in maps.items()}
+# --- Pictures -------------------------------------------------------------------------------------------------------
 
 
-def array_type(values: torch.Tensor) -> type:
-    if values.is_floating_point():
-        return np.float32
-    return np.uint8 if values.max() < 256 else np.int32
+def load_picture(name: str, file: Path, processor: pt.MSamProcessor, max_megapixels: float, tile: bool) -> Picture:
+    """ValueError, with a message for the user, where it cannot be read or not be shown to the model."""
+    image = read_picture(file, max_megapixels)
+    return make_picture(name, file, image, processor, tile)
+
+
+def read_batches(
+    pictures: Mapping[str, Path], size: int, load: Callable[[str, Path], Picture], skip: Callable[[Path, str], None]
+) -> Iterator[list[Picture]]:
+    """Lists of pictures; those that cannot be read are given to `skip`."""
+    batch: list[Picture] = []
+    for name, file in pictures.items():
+        try:
+            batch.append(load(name, file))
+        except Exception as error:
+            skip(file, reason(file, error))
+        pixels = sum(picture.size[0] * picture.size[1] for picture in batch)
+        if len(batch) == size or pixels > BATCH_PIXELS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def reason(file: Path, error: Exception) -> str:
+    """What went wrong with a picture, for the user."""
+    what = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+    return what if str(file) in what else f"{file}: {what}"
+
+
+def predict_each(
+    model, pictures: Sequence[Picture], tasks: Sequence[str], skip: Callable[[Path, str], None]
+) -> Iterator[tuple[Picture, Maps]]:
+    """As `predict`; where a batch fails, its pictures go alone, so that one of them does not take the others with it."""
+    try:
+        yield from zip(pictures, predict(model, pictures, tasks), strict=True)
+    except Exception as error:
+        if len(pictures) == 1:
+            skip(pictures[0].file, reason(pictures[0].file, error))
+            return
+        for picture in pictures:
+            yield from predict_each(model, [picture], tasks, skip)
 
 
 # --- Drawing --------------------------------------------------------------------------------------------------------
 
 
-def paint(spec: pt.TaskSpec, values: np.ndarray, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def paint(spec: pt.TaskSpec, values: np.ndarray | None, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What is laid over an image, (H, W, 3), and how much of each pixel it covers, (H, W, 1): of a mask what is in it."""
     if spec.task_kind.limits is not None:
         return np.broadcast_to(MASK_COLOR, picture.shape), values[..., None]
-    return picture.astype(np.float64), np.ones((*picture.shape[:2], 1))
+    return picture.astype(np.float32), np.ones((*picture.shape[:2], 1), np.float32)
 
 
-def overlay(spec: pt.TaskSpec, image: np.ndarray, values: np.ndarray, picture: np.ndarray) -> np.ndarray:
+def overlay(spec: pt.TaskSpec, image: np.ndarray, values: np.ndarray | None, picture: np.ndarray) -> np.ndarray:
     """The map over the image, uint8 (H, W, 3)."""
+    if spec.task_kind.limits is None:
+        return ((image.astype(np.uint16) + picture + 1) // 2).astype(np.uint8)
     color, cover = paint(spec, values, picture)
-    share = (0.5 if spec.task_kind.limits is None else 0.65) * cover
-    return np.rint((1 - share) * image + share * color).astype(np.uint8)
+    return np.rint((1 - 0.65 * cover) * image + 0.65 * cover * color).astype(np.uint8)
 
 
-def save_picture(folder: Path, name: str, image: np.ndarray, maps: Mapping, specs: Mapping[str, pt.TaskSpec]) -> None:
-    """All files of a picture, together or not at all."""
-    with written_aside(folder) as aside:
-        for task, values in maps.items():
-            picture = draw(specs[task], values, color_range(specs[task], [values]))
-            Image.fromarray(picture).save(aside / f"{task}.png")
-            Image.fromarray(overlay(specs[task], image, values, picture)).save(aside / f"{task}_overlay.png")
-            np.savez_compressed(aside / f"{task}.npz", **{task: values})
-        ranges = {task: color_range(specs[task], [values]) for task, values in maps.items()}
-        save_sheet([thumbnail(name, image, maps, 2 * SHEET_SIDE)], specs, aside / "overview.png", ranges)
+def save_picture(
+    folder: Path, name: str, image: np.ndarray, maps: Mapping[str, np.ndarray], specs: Mapping[str, pt.TaskSpec]
+) -> tuple[str, np.ndarray, dict]:
+    """Write all files of a picture, together or not at all; the picture and its maps as a sheet shows them.
+
+    Args:
+        folder: Where they go.
+        name: The picture's name, for the overview.
+        image: The picture, uint8 (h, w, 3); it may be smaller than its maps.
+        maps: {task: map}; each is asked for once.
+        specs: {task: its TaskSpec}.
+    """
+    files = OutputFiles(maps)
+    small = shrink_image(image, 2 * SHEET_SIDE)
+    shown, ranges = {}, {}
+    with written_aside(folder) as aside, ThreadPoolExecutor(1) as writer:
+        for task in maps:
+            values = maps[task]
+            shown[task] = shrink_map(values, small.shape[:2])
+            save_numbers(aside / files.numbers[task], task, values)
+            with one_thread():
+                ranges[task] = color_range(specs[task], [values])
+                picture = draw(specs[task], values, ranges[task])
+            covered = shrink_map(values, image.shape[:2]) if specs[task].task_kind.limits else None
+            # of a large picture a map takes as much memory as all the rest
+            del values
+            saved = writer.submit(save_png, aside / files.maps[task], picture)
+            over = overlay(specs[task], image, covered, shrink_map(picture, image.shape[:2], axes=(0, 1)))
+            save_png(aside / files.overlays[task], over)
+            saved.result()
+            del saved, picture, covered, over
+        try:
+            save_sheet([(name, small, shown)], specs, aside / files.overview, ranges)
+        except Exception as error:
+            tqdm.write(f"{folder / files.overview} could not be drawn: {error}", file=sys.stderr)
+    return name, small, shown
 
 
 def thumbnail(name: str, image: np.ndarray, maps: Mapping[str, np.ndarray], side: int) -> tuple[str, np.ndarray, dict]:
     """A picture and its maps for a sheet; the maps keep their numbers, so that one colour scale can serve all rows."""
-    factor = min(1.0, side / max(image.shape[:2]))
-    height, width = (max(1, round(length * factor)) for length in image.shape[:2])
-    small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
-
-    def shrink(values: np.ndarray) -> np.ndarray:
-        channels = torch.from_numpy(values.reshape(1, -1, *values.shape[-2:]).astype(np.float32))
-        resized = F.interpolate(channels, (height, width), mode="nearest-exact")[0].numpy().astype(values.dtype)
-        return resized if values.ndim == 3 else resized[0]
-
-    return name, small, {task: shrink(values) for task, values in maps.items()}
+    small = shrink_image(image, side)
+    return name, small, {task: shrink_map(values, small.shape[:2]) for task, values in maps.items()}
 
 
 # --- All of it ------------------------------------------------------------------------------------------------------
@@ -265,18 +277,43 @@ def run_adapter(args: argparse.Namespace, folder: Path, tasks: list[str], output
             skip(file, why)
             progress.update()
 
-        for batch in read_batches(pictures, args.batch_size, processor.image_size, skip_one):
-            results = predict(model, processor, [image for _, image in batch], tasks)
-            for (name, image), maps in zip(batch, results, strict=True):
-                save_picture(output / name, name, image, maps, specs)
+        def load(name: str, file: Path) -> Picture:
+            if not args.overwrite:
+                refuse_foreign(output / name, OutputFiles(tasks).all())
+            return load_picture(name, file, processor, args.max_megapixels, args.tile)
+
+        def predicted(batch: list[Picture]) -> Iterator[tuple[Picture, Maps]]:
+            if not args.tile:
+                return predict_each(model, batch, tasks, skip_one)
+            side = args.tile_side or processor.image_size
+            predict_one = functools.partial(predict_tiled, model, processor, side, args.batch_size)
+            return ((picture, Maps(tasks, functools.partial(predict_one, picture.image))) for picture in batch)
+
+        for batch in read_batches(pictures, args.batch_size, load, skip_one):
+            for picture, maps in predicted(batch):
+                try:
+                    row = save_picture(output / picture.name, picture.name, picture.view, maps, specs)
+                except Exception as error:
+                    skip_one(picture.file, reason(picture.file, error))
+                    continue
                 if len(rows) < args.sheet_rows:
-                    rows.append(thumbnail(name, image, maps, SHEET_SIDE))
+                    rows.append(thumbnail(*row, SHEET_SIDE))
                 done += 1
                 progress.update()
     if rows:
+        save_contact_sheet(args, output, rows, specs)
+    return done
+
+
+def save_contact_sheet(args: argparse.Namespace, output: Path, rows: list, specs: Mapping[str, pt.TaskSpec]) -> None:
+    """The sheet is no reason to lose what was predicted."""
+    try:
+        if not args.overwrite:
+            refuse_foreign(output, [SHEET])
         with written_aside(output) as aside:
             save_sheet(rows, specs, aside / SHEET)
-    return done
+    except Exception as error:
+        print(f"there is no contact sheet: {error}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

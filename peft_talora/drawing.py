@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,10 @@ __all__ = [
 ]
 
 # A map is drawn in strips of about this many pixels: what is computed on the way is many times larger than the picture.
-_STRIP_PIXELS = 1 << 20
+_STRIP_PIXELS = 1 << 18
+
+# Percentiles are those of about this many pixels, evenly taken from all.
+_SAMPLED_PIXELS = 1 << 20
 
 # Values that differ by less, for their size, are all but equal: their differences must not be spread over all colours.
 _LEAST_SPREAD = 0.01
@@ -59,10 +63,13 @@ def draw(spec: TaskSpec, values: Any, value_range: tuple[float, float] | None = 
     rows = max(1, _STRIP_PIXELS // max(1, width))
     for top in range(0, height, rows):
         strip = values[..., top : top + rows, :]
-        strip = strip.astype(np.int64 if spec.task_kind.layout == "map" else np.float64)
+        strip = strip.astype(_working_type(spec, strip), copy=False)
         labelled = _labelled(spec, strip)
-        colors = np.rint(spec.task_kind.draw(strip, labelled, value_range)).astype(np.uint8)
-        picture[top : top + rows] = np.where(labelled[..., None], colors, UNLABELLED)
+        colors = picture[top : top + rows]
+        drawn = spec.task_kind.draw(strip, labelled, value_range)
+        colors[...] = drawn if drawn.dtype == np.uint8 else np.rint(drawn)
+        if not labelled.all():
+            colors[~labelled] = UNLABELLED
     return picture
 
 
@@ -83,6 +90,9 @@ def color_range(
     if spec.task_kind.unit is None or spec.task_kind.limits is not None:
         return None
     maps = [_checked_map(spec, values) for values in maps]
+    if percentiles != (0, 100):
+        step = max(1, round(math.sqrt(sum(values[0].size for values in maps) / _SAMPLED_PIXELS)))
+        maps = [values[:, ::step, ::step] for values in maps]
     values = np.concatenate([np.moveaxis(values, 0, -1)[_labelled(spec, values)].ravel() for values in maps])
     if not values.size:
         return None
@@ -104,6 +114,13 @@ def _checked_map(spec: TaskSpec, values: Any) -> np.ndarray:
         expected = "(H, W)" if is_map else f"({spec.num_channels}, H, W)"
         raise ValueError(f"a picture of a {spec.kind} task needs shape {expected}, got {shape}")
     return values
+
+
+def _working_type(spec: TaskSpec, values: np.ndarray) -> type:
+    """What a map is drawn in: half precision could not hold it, and unsigned classes cannot be compared with -1."""
+    if spec.task_kind.layout == "map":
+        return np.int64
+    return np.float32 if values.dtype in (np.float16, np.float32) else np.float64
 
 
 def _labelled(spec: TaskSpec, values: np.ndarray) -> np.ndarray:

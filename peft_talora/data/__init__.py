@@ -2,11 +2,13 @@
 
 from .columns import IGNORE_INDEX, IMAGE_COLUMN, TASK_COLUMNS, TaskColumn
 from .dataset import Augmentation, MultiTaskDataset, collate, detect_tasks
+from .images import IMAGE_SUFFIXES, read_image
 from .loading import load_multitask_dataset
 
 __all__ = [
     "IGNORE_INDEX",
     "IMAGE_COLUMN",
+    "IMAGE_SUFFIXES",
     "TASK_COLUMNS",
     "Augmentation",
     "MultiTaskDataset",
@@ -14,4 +16,5 @@ __all__ = [
     "collate",
     "detect_tasks",
     "load_multitask_dataset",
+    "read_image",
 ]

@@ -60,9 +60,11 @@ class TaskKind:
         pixel_loss: (logits, labels, labelled), all at one resolution -> loss of each pixel (B, H, W).
         metrics: num_channels -> a metric whose ``compute`` gives ``{name: value}``; it is updated with the predictions
             and labels of labelled pixels, (P,) or (P, C).
-        activation: Logits (B, N, H, W) -> predictions, (B, H, W) where one value per pixel is predicted.
+        activation: Logits (B, N, H, W) -> predictions, (B, H, W) where one value per pixel is predicted. Each pixel by
+            itself: large images are predicted in strips.
         draw: (label or prediction of one image, which pixels count, ends of the colour scale) -> RGB (H, W, 3) from 0 to
-            255. The map is (H, W) or (C, H, W), as the layout says; the ends are None where ``unit`` is.
+            255, again each pixel by itself. The map is (H, W) or (C, H, W), as the layout says; the ends are None where
+            ``unit`` is.
         resample: How a label map changes its resolution: "nearest", the "mean" over labelled pixels, or by what the
             positives "cover" of a pixel.
         padding: The value of unlabelled pixels in the label maps that the package makes, or None where that is the task's

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BatchFeature, SamImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .geometry import check_sides, reshaped_size, restore_logits
+from .geometry import check_sides, reshaped_size, restored_map
 from .labels import label_tensor, square_label
 from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
 
@@ -240,8 +240,8 @@ def post_process(
         if len(task_logits) != len(images):
             raise ValueError(f"task {name!r} has logits for {len(task_logits)} images, expected {len(images)}")
         for row, image in zip(task_logits, images, strict=True):
-            restored = restore_logits(row[None], sizes[image], image_size)
-            predictions[image][name] = specs[name].task_kind.activation(restored)[0]
+            activation = specs[name].task_kind.activation
+            predictions[image][name] = restored_map(row[None], sizes[image], image_size, activation)
     return predictions
 
 

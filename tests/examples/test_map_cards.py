@@ -65,7 +65,7 @@ def test_classes_are_named_as_they_are_frequent():
     ("spec", "words"),
     [
         (TaskSpec("binary"), "<span>0</span><span>probability</span><span>1</span>"),
-        (TaskSpec("regression", 1), "<span>2</span><span>value</span><span>2</span>"),
+        (TaskSpec("regression", 1), "<span>1.99</span><span>value</span><span>2.01</span>"),
         (TaskSpec("regression", 2), '<div class="legend"></div>'),
     ],
 )

@@ -1,8 +1,12 @@
 """The prediction script, on a tiny SAM with adapters whose decoders were moved at random."""
 
+from itertools import pairwise
+from pathlib import Path
+
 import numpy as np
 import predict as script
 import pytest
+import tiles
 import torch
 from PIL import Image
 from small_adapters import make_adapter
@@ -135,7 +139,7 @@ class TestRuns:
         def killed(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(np, "savez_compressed", killed)
+        monkeypatch.setattr(script, "save_numbers", killed)
         with pytest.raises(KeyboardInterrupt):
             script.main([str(photo), "--adapter", adapter, "--output-dir", str(tmp_path / "out")])
         assert not (tmp_path / "out/photo").exists()
@@ -181,3 +185,138 @@ def test_a_mask_is_painted_where_it_is():
     shown = script.overlay(spec, image, values, np.zeros_like(image))
     assert (shown[1] == image[1]).all() and (shown[0, 0] == image[0, 0]).all()
     np.testing.assert_allclose(shown[0, 1], 0.35 * image[0, 1] + 0.65 * script.MASK_COLOR, atol=0.51)
+
+
+@pytest.mark.usefixtures("no_sheets")
+class TestNamesAndFiles:
+    def test_a_dollar_is_one(self, base, tmp_path, monkeypatch):
+        monkeypatch.undo()  # the sheets are what is drawn here
+        tasks = {"semantic": pt.TaskSpec("semantic", 3, class_names=["$x_{", "_wall", "\\frac"])}
+        adapter = make_adapter(base, tmp_path / "first", tasks)
+        path = tmp_path / "cost $5_{.png"
+        Image.fromarray(picture()).save(path)
+        output = tmp_path / "out"
+        assert script.main([str(path), "--adapter", adapter, "--output-dir", str(output)]) == 0
+        assert Image.open(output / path.stem / "overview.png").size[0] > 500
+        assert Image.open(output / "contact_sheet.png").size[0] > 500
+
+    def test_tasks_that_are_called_as_other_files(self, base, photo, tmp_path):
+        names = ["overview", "depth", "depth_overlay", "file", "allow_pickle"]
+        adapter = make_adapter(base, tmp_path / "first", {name: pt.TaskSpec("depth") for name in names})
+        output = tmp_path / "out"
+        assert script.main([str(photo), "--adapter", adapter, "--output-dir", str(output)]) == 0
+        found = arrays(output / "photo")
+        assert set(found) == set(names) and len(list((output / "photo").glob("*.png"))) == 2 * len(names) + 1
+        for name, values in found.items():
+            colours = np.array(Image.open(output / "photo" / f"{name}.png"))
+            assert (
+                colours
+                == script.draw(pt.TaskSpec("depth"), values, script.color_range(pt.TaskSpec("depth"), [values]))
+            ).all()
+
+    @pytest.mark.parametrize("tasks", [["depth", "Depth"], ["a_overlay", "a"], ["overview", "overview_overlay"]])
+    def test_no_two_files_share_a_name(self, tasks):
+        names = script.OutputFiles(tasks).all()
+        assert len({name.lower() for name in names}) == len(names) == 3 * len(tasks) + 1
+
+    def test_one_failing_picture_does_not_take_the_others(self, adapter, tmp_path, monkeypatch, capsys):
+        for index in range(4):
+            Image.fromarray(picture(seed=index)).save(tmp_path / f"p{index}.png")
+        forward, draw = pt.MSamForMultiTask.forward, script.draw
+        bad = pt.MSamProcessor(32)(picture(seed=1))["pixel_values"][0]
+
+        def fails(model, pixel_values=None, **kwargs):
+            if any(torch.equal(bad, one) for one in pixel_values):
+                raise RuntimeError("out of memory")
+            return forward(model, pixel_values=pixel_values, **kwargs)
+
+        drawn = []
+
+        def draws(*arguments):
+            drawn.append(1)
+            if len(drawn) == 2:
+                raise RuntimeError("cannot draw")
+            return draw(*arguments)
+
+        monkeypatch.setattr(pt.MSamForMultiTask, "forward", fails)
+        monkeypatch.setattr(script, "draw", draws)
+        output = tmp_path / "out"
+        pictures = [str(tmp_path / f"p{index}.png") for index in range(4)]
+        assert script.main([*pictures, "--adapter", adapter, "--output-dir", str(output), "--tasks", "depth"]) == 1
+        assert {path.name for path in output.iterdir()} == {"p0", "p3", "contact_sheet.png"}
+        shown = capsys.readouterr().err
+        assert "p1.png: RuntimeError: out of memory" in shown and "p2.png: RuntimeError: cannot draw" in shown
+
+    def test_a_sheet_that_cannot_be_drawn_loses_no_map(self, adapter, photo, tmp_path, monkeypatch, capsys):
+        def fails(*arguments):
+            raise RuntimeError("no font")
+
+        monkeypatch.setattr(script, "save_sheet", fails)
+        output = tmp_path / "out"
+        assert script.main([str(photo), "--adapter", adapter, "--output-dir", str(output)]) == 0
+        assert set(arrays(output / "photo")) == set(TASKS)
+        assert "overview.png could not be drawn: no font" in capsys.readouterr().err
+
+    def test_pictures_with_too_many_pixels(self, adapter, photo, tmp_path, capsys):
+        large = tmp_path / "large.png"
+        Image.new("1", (9000, 9000)).save(large)
+        output = tmp_path / "out"
+        command = [str(large), str(photo), "--adapter", adapter, "--output-dir", str(output), "--tasks", "depth"]
+        assert script.main(command) == 1
+        assert "large.png has 9000 x 9000 pixels, that is 81 megapixels" in capsys.readouterr().err
+        assert script.main([*command, "--max-megapixels", "0.0001"]) == 2
+        assert "photo.png has 28 x 20 pixels" in capsys.readouterr().err
+
+    def test_files_of_others_are_kept(self, adapter, photo, tmp_path, capsys):
+        output = tmp_path / "out"
+        (output / "photo").mkdir(parents=True)
+        truth = output / "photo/depth.png"
+        Image.fromarray(picture()).save(truth)
+        before = truth.read_bytes()
+        command = [str(photo), "--adapter", adapter, "--output-dir", str(output), "--tasks", "depth"]
+        assert script.main(command) == 2
+        assert (
+            "depth.png is there already and not from a prediction: --overwrite replaces it" in capsys.readouterr().err
+        )
+        assert truth.read_bytes() == before and len(list((output / "photo").iterdir())) == 1
+        assert script.main([*command, "--overwrite"]) == script.main(command) == 0
+        assert truth.read_bytes() != before
+
+
+@pytest.mark.usefixtures("no_sheets")
+class TestTiles:
+    def test_the_map_is_that_of_the_tiles(self, adapter, tmp_path):
+        """Where tiles do not overlap the map is the model's own for the tile."""
+        model = script.load_model(Path(adapter), None, torch.device("cpu"))
+        processor = pt.MSamProcessor.from_model(model)
+        image = picture(32, 80)
+        found = script.predict_tiled(model, processor, 32, 2, image, "depth")
+        # of three tiles of 32 the first begins at 0, the last at 48
+        for left, inner in ((0, slice(0, 24)), (48, slice(56, 80))):
+            tile = image[:, left : left + 32]
+            with torch.no_grad():
+                output = model(processor([tile])["pixel_values"], tasks=["depth"])
+            expected = model.get_base_model().post_process(output, [(32, 32)])[0]["depth"]
+            torch.testing.assert_close(found[:, inner], expected[:, inner.start - left : inner.stop - left])
+
+    @pytest.mark.parametrize("size", [(20, 28), (33, 100), (70, 64)])
+    def test_from_the_command_line(self, adapter, tmp_path, size):
+        path, output = tmp_path / "field.png", tmp_path / "out"
+        Image.fromarray(picture(*size)).save(path)
+        command = [str(path), "--adapter", adapter, "--output-dir", str(output), "--tile", "--tile-side", "24"]
+        assert script.main(command) == 0
+        found = arrays(output / "field")
+        assert {name: values.shape[-2:] for name, values in found.items()} == dict.fromkeys(TASKS, size)
+        np.testing.assert_allclose(np.linalg.norm(found["normals"], axis=0), 1, atol=1e-5)
+        assert Image.open(output / "field/depth.png").size == size[::-1]
+
+    @pytest.mark.parametrize("length", [32, 33, 56, 57, 200])
+    def test_tiles_cover_everything_and_overlap(self, length):
+        starts = tiles.tile_starts(length, 32)
+        assert starts[0] == 0 and starts[-1] == length - 32
+        assert all(0 < after - before <= 24 for before, after in pairwise(starts))
+
+    def test_options(self, photo, capsys):
+        for option in (["--tile-side", "8"], ["--tile", "--tile-side", "0"], ["--max-megapixels", "nan"]):
+            with pytest.raises(SystemExit):
+                script.parse_args([str(photo), *option])

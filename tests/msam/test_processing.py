@@ -296,3 +296,18 @@ def test_real_photos():
             assert depth[depth > 0].mean() == pytest.approx(labels["depth"][valid].mean(), rel=0.05)
         seen = set(np.unique(labels["semantic"])) | {255}
         assert set(batch["labels"]["semantic"].unique().tolist()) <= seen
+
+
+@pytest.mark.parametrize("size", [(333, 70), (33, 700)])
+def test_large_images_are_restored_in_strips(size, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = {name: torch.randn(1, spec.num_channels, 16, 16, generator=generator) for name, spec in TASKS.items()}
+    (whole,) = post_process(logits, TASKS, [size], SIZE)
+    monkeypatch.setattr("peft_talora.msam.geometry._STRIP_VALUES", 2000)
+    (strips,) = post_process(logits, TASKS, [size], SIZE)
+    for name, values in whole.items():
+        assert strips[name].dtype == values.dtype
+        if name == "semantic":
+            assert (strips[name] == values).float().mean() > 0.999
+        else:
+            torch.testing.assert_close(strips[name], values, rtol=1e-4, atol=1e-4)
