@@ -8,7 +8,7 @@ some 10^8 pixels, which float32 cannot count.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,25 @@ class MultiTaskMetrics(nn.Module):
         for name, metrics in self.tasks.items():
             if logits.get(name) is not None and labels.get(name) is not None:
                 metrics.update(logits[name], labels[name])
+
+    def update_images(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Sequence[Mapping[str, Tensor]],
+        restore: Callable[[Tensor, tuple[int, int]], Tensor],
+    ) -> None:
+        """Add a batch at the labels' own resolution, where published numbers are measured.
+
+        Args:
+            logits: ``{task: (B, N, h, w)}`` of the padded squares.
+            labels: For each image ``{task: label map}``, (H, W) or (C, H, W), as large as the image.
+            restore: (logits (1, N, h, w), (H, W)) -> logits (1, N, H, W) of the image: [`MSamProcessor.restore`].
+        """
+        for index, image in enumerate(labels):
+            for name, label in image.items():
+                if logits.get(name) is not None:
+                    restored = restore(logits[name][index : index + 1], tuple(label.shape[-2:]))
+                    self.update({name: restored}, {name: label[None]})
 
     def compute(self) -> dict[str, dict[str, float | None]]:
         """``{task: {metric: value or None}}``."""

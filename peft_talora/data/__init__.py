@@ -1,7 +1,7 @@
 """Partly labelled multi-task data: from rows to batches for an mSAM."""
 
 from .columns import IGNORE_INDEX, IMAGE_COLUMN, TASK_COLUMNS, TaskColumn
-from .dataset import Augmentation, MultiTaskDataset, collate, detect_tasks
+from .dataset import Augmentation, MultiTaskDataset, collate, collate_own_size, detect_tasks
 from .images import IMAGE_SUFFIXES, read_image
 from .loading import load_multitask_dataset
 
@@ -14,6 +14,7 @@ __all__ = [
     "MultiTaskDataset",
     "TaskColumn",
     "collate",
+    "collate_own_size",
     "detect_tasks",
     "load_multitask_dataset",
     "read_image",

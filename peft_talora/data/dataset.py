@@ -33,6 +33,7 @@ __all__ = [
     "MultiTaskDataset",
     "TaskColumn",
     "collate",
+    "collate_own_size",
     "detect_tasks",
     "load_multitask_dataset",
 ]
@@ -95,6 +96,8 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         processor: Prepares the images; its image size is that of the labels. Its tasks do not matter here.
         augment: Random changes, for training.
         seed: Seed of those, >= 0.
+        own_size: Leave the labels at the images' own resolution, for [`collate_own_size`] and
+            ``MultiTaskMetrics.update_images``.
 
     Raises:
         ValueError: If there is no image column, a task is neither in [`TASK_COLUMNS`] nor a column, or it is of another
@@ -108,6 +111,7 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         processor: MSamProcessor,
         augment: Augmentation | None = None,
         seed: int = 0,
+        own_size: bool = False,
     ) -> None:
         self.tasks = parse_tasks(tasks)
         _check_kinds(self.tasks, dataset.column_names)
@@ -115,6 +119,7 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         self.processor = processor
         self.augment = augment
         self.seed = seed
+        self.own_size = own_size
         self.epoch = 0
         self._columns = {name: task_column(name) for name in self.tasks}
         present = [column for column in self._columns.values() if column in dataset.column_names]
@@ -124,19 +129,22 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``pixel_values`` (3, S, S), ``labels`` {task: (S, S) or (C, S, S)} and ``original_size`` (2,) of a row."""
+        """``pixel_values`` (3, S, S), ``labels`` {task: (S, S) or (C, S, S)} and ``original_size`` (2,) of a row.
+
+        With ``own_size`` the labels are (H, W) or (C, H, W), as large as the image.
+        """
         image, labels = self._load(index)
         if self.augment is not None:
             rng = np.random.default_rng([self.seed, self.epoch, index])
             image, labels = self.augment(rng, image, labels, self.tasks)
         batch = self.processor.pixel_batch([image])
+        if not self.own_size:
+            # checked when they were read; a crop of them may look odd
+            side = self.processor.image_size
+            labels = {name: square_label(self.tasks[name], label, side) for name, label in labels.items()}
         return {
             "pixel_values": batch["pixel_values"][0],
-            # checked when they were read; a crop of them may look odd
-            "labels": {
-                name: square_label(self.tasks[name], label, self.processor.image_size)
-                for name, label in labels.items()
-            },
+            "labels": labels,
             "original_size": batch["original_sizes"][0],
         }
 
@@ -176,6 +184,14 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": {name: torch.stack([row["labels"][name] for row in rows]) for name in names},
+    }
+
+
+def collate_own_size(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of rows whose labels are as large as their images: ``pixel_values`` (B, 3, S, S) and B dicts ``labels``."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": [dict(row["labels"]) for row in rows],
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BatchFeature, SamImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .geometry import check_sides, reshaped_size, restored_map
+from .geometry import check_sides, reshaped_size, restore_logits, restored_map
 from .labels import label_tensor, square_label
 from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
 
@@ -114,6 +114,10 @@ class MSamProcessor(ImageProcessingMixin):
         for key in ("original_sizes", "reshaped_input_sizes"):
             batch[key] = torch.as_tensor(np.asarray(batch[key]), dtype=torch.long)
         return batch
+
+    def restore(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Logits (B, N, h, w) of padded squares as (B, N, H, W) of images of a size (H, W), before any activation."""
+        return restore_logits(logits, size, self.image_size)
 
     def post_process(
         self, output: Any, target_sizes: Any, tasks: Sequence[str] | None = None

@@ -1,6 +1,7 @@
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from peft_talora.data import (
     Augmentation,
     MultiTaskDataset,
     collate,
+    collate_own_size,
     detect_tasks,
     load_multitask_dataset,
 )
 from peft_talora.losses import task_loss
+from peft_talora.metrics import MultiTaskMetrics
 from peft_talora.msam.processing import MSamProcessor, image_array
 from peft_talora.msam.tasks import TaskSpec
 
@@ -302,6 +305,33 @@ def test_an_image_is_converted_once(monkeypatch):
     monkeypatch.setattr("peft_talora.msam.processing.image_array", lambda image: calls.append(1) or image_array(image))
     MultiTaskDataset(make_dataset([make_row(0)]), {"depth": TaskSpec("depth")}, MSamProcessor(32))[0]
     assert calls == [1]
+
+
+def test_metrics_at_the_labels_own_resolution():
+    """As if the predictions of post_process were compared with the rows' own maps, by hand."""
+    tasks = {"semantic": TaskSpec("semantic", 4), "depth": TaskSpec("depth")}
+    rows = make_dataset([make_row(0), make_row(1)])
+    processor = MSamProcessor(16, tasks)
+    dataset = MultiTaskDataset(rows, tasks, processor, own_size=True)
+    batch = collate_own_size([dataset[0], dataset[1]])
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+    logits = {name: torch.randn(2, spec.num_channels, 8, 8) for name, spec in tasks.items()}
+    metrics = MultiTaskMetrics(tasks)
+    metrics.update_images(logits, batch["labels"], processor.restore)
+    found = metrics.compute()
+
+    sizes = [dataset[index]["original_size"] for index in range(2)]
+    maps = processor.post_process(SimpleNamespace(logits=logits), sizes)
+    errors, hits = [], []
+    for index in range(2):
+        depth = np.asarray(rows[index]["depth"], dtype=np.float64).reshape(sizes[index].tolist())
+        known = np.isfinite(depth) & (depth > 0)
+        errors.append(np.abs(maps[index]["depth"].numpy() - depth)[known])
+        classes = np.asarray(rows[index]["segmentation"])
+        known = (classes >= 0) & (classes != 255)
+        hits.append((maps[index]["semantic"].numpy() == classes)[known])
+    assert found["depth"]["abs_err"] == pytest.approx(np.concatenate(errors).mean(), rel=1e-5)
+    assert found["semantic"]["pixel_accuracy"] == pytest.approx(np.concatenate(hits).mean(), rel=1e-6)
 
 
 class TestDoubtfulLabels:

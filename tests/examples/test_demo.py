@@ -171,6 +171,26 @@ class TestResults:
         assert text.startswith("&lt;i&gt;.png cannot be read as a picture") and str(tmp_path) not in text
         assert not forwards
 
+    def test_a_picture_with_too_many_pixels(self, results, forwards, tmp_path):
+        large = tmp_path / "large.png"
+        Image.new("1", (9000, 9000)).save(large)
+        page, _, _ = script.show(results, str(large), "lines", ["edges"])
+        assert "large.png has 9000 x 9000 pixels" in page and str(tmp_path) not in page and not forwards
+
+    def test_files_that_cannot_be_written_are_said_so(self, results, tmp_path, monkeypatch, capsys):
+        def fails(*arguments):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(script, "save_picture", fails)
+        result = results.get(save(picture(), tmp_path / "photo.png"), "lines", ["edges"])
+        button = script.offer(result)
+        assert button.label == "The files could not be written"
+        assert not button.interactive and "no space left" in capsys.readouterr().err
+        # and whoever comes next gets what is due
+        monkeypatch.undo()
+        other = results.get(save(picture(seed=1), tmp_path / "other.png"), "lines", ["edges"])
+        assert set(unzipped(other.archive.result())) == {"edges"}
+
 
 def test_wrong_arguments(adapters, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
