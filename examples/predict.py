@@ -3,7 +3,7 @@
     python examples/predict.py --adapter runs/multitask IMAGE_OR_FOLDER... --output-dir predictions
 
 Every picture gets a folder: for each task a coloured map and the numbers at the picture's own resolution, an overlay (of
-at most 4096 pixels), and an overview with legends. A contact sheet shows all pictures. Files that are not its own are never
+at most 2048 pixels), and an overview with legends. A contact sheet shows all pictures. Files that are not its own are never
 overwritten without --overwrite. Read from top to bottom: arguments, models, predictions, drawing, the loop. Exit code: 0, 1
 where pictures were skipped, 2 where nothing was done.
 """
@@ -156,12 +156,6 @@ def load_model(folder: Path, base: str | None, device: torch.device):
 # --- Pictures -------------------------------------------------------------------------------------------------------
 
 
-def load_picture(name: str, file: Path, processor: pt.MSamProcessor, max_megapixels: float, tile: bool) -> Picture:
-    """ValueError, with a message for the user, where it cannot be read or not be shown to the model."""
-    image = read_picture(file, max_megapixels)
-    return make_picture(name, file, image, processor, tile)
-
-
 def read_batches(
     pictures: Mapping[str, Path], size: int, load: Callable[[str, Path], Picture], skip: Callable[[Path, str], None]
 ) -> Iterator[list[Picture]]:
@@ -233,18 +227,19 @@ def save_picture(
     files = OutputFiles(maps)
     small = shrink_image(image, 2 * SHEET_SIDE)
     shown, ranges = {}, {}
-    with written_aside(folder) as aside, ThreadPoolExecutor(1) as writer:
+    with written_aside(folder) as aside, ThreadPoolExecutor(1) as worker:
         for task in maps:
             values = maps[task]
             shown[task] = shrink_map(values, small.shape[:2])
-            save_numbers(aside / files.numbers[task], task, values)
             with one_thread():
                 ranges[task] = color_range(specs[task], [values])
-                picture = draw(specs[task], values, ranges[task])
+                drawn = worker.submit(draw, specs[task], values, ranges[task])
+                save_numbers(aside / files.numbers[task], task, values)
+                picture = drawn.result()
             covered = shrink_map(values, image.shape[:2]) if specs[task].task_kind.limits else None
             # of a large picture a map takes as much memory as all the rest
-            del values
-            saved = writer.submit(save_png, aside / files.maps[task], picture)
+            del values, drawn
+            saved = worker.submit(save_png, aside / files.maps[task], picture)
             over = overlay(specs[task], image, covered, shrink_map(picture, image.shape[:2], axes=(0, 1)))
             save_png(aside / files.overlays[task], over)
             saved.result()
@@ -280,7 +275,7 @@ def run_adapter(args: argparse.Namespace, folder: Path, tasks: list[str], output
         def load(name: str, file: Path) -> Picture:
             if not args.overwrite:
                 refuse_foreign(output / name, OutputFiles(tasks).all())
-            return load_picture(name, file, processor, args.max_megapixels, args.tile)
+            return make_picture(name, file, read_picture(file, args.max_megapixels), processor, args.tile)
 
         def predicted(batch: list[Picture]) -> Iterator[tuple[Picture, Maps]]:
             if not args.tile:

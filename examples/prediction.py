@@ -14,7 +14,7 @@ from PIL import Image
 
 import peft_talora as pt
 
-VIEW_SIDE = 4096  # longest side of an overlay: it is there to be looked at
+VIEW_SIDE = 2048  # longest side of an overlay: it is there to be looked at
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Picture:
 
 
 def make_picture(name: str, file: Path, image: np.ndarray, processor: pt.MSamProcessor, tile: bool = False) -> Picture:
+    """ValueError where the image cannot be shown to the model."""
     pixel_values = processor([image])["pixel_values"][0]
     view = shrink_image(image, VIEW_SIDE)
     return Picture(name, file, image.shape[:2], view, pixel_values, image if tile else None)
