@@ -13,7 +13,7 @@ PALETTE = np.array([[0, 0, 0], [45, 10, 120], [170, 20, 130], [240, 110, 30], [2
 # of the lens, as a share of the image's side; in pixels it grows with the image, as with a real lens
 BLUR = 0.006
 # kelvins: what pixels and columns of this one sensor add to every picture, and how much of each picture is noise
-PIXEL_PATTERN, COLUMN_PATTERN, NOISE = 0.25, 0.35, (0.1, 0.5)
+PIXEL_PATTERN, COLUMN_PATTERN, NOISE = 0.12, 0.2, (0.05, 0.25)
 # the picture's colours span at least so many kelvins
 NARROWEST_RANGE = 6.0
 
@@ -28,7 +28,7 @@ def draw_thermal(
     """
     room, sky = rng.uniform(286, 300), rng.uniform(248, 278)
     # floor and walls are near the air's temperature; the floor comes first
-    spread = np.array([8.0 if surface.label > 2 else 2.5 for surface in surfaces])
+    spread = np.array([5.0 if surface.label > 2 else 2.5 for surface in surfaces])
     warmth = room + spread * rng.standard_normal(len(surfaces))
     unevenness = rng.uniform(0.02, 0.12, len(surfaces)) * spread
     # paint, wood and plastic, and here and there bare metal
