@@ -2,8 +2,8 @@
 
     accelerate launch examples/train_multitask.py
 
-trains classes, depth and normals on rendered scenes from the small pretrained SAM beside this script, in a few minutes
-on two CPU cores. Read from top to bottom: data, model, optimiser, loop, evaluation. `--help` lists what can be changed.
+trains classes, depth and normals on rooms in ultrasound, rendered here, from the small SAM beside this script, which was
+pretrained on photos of rooms; a few minutes on two CPU cores. Read from top to bottom: data, model, optimiser, loop, evaluation. `--help` lists what can be changed.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base", default="tiny_sam", help="the SAM: tiny_sam, a path, or a Hub id such as facebook/sam-vit-base")
     add("--dataset", default="scenes", help="scenes (rendered here), a folder of parquet files, a Hub id, "
         "or folder:PATH, cityscapes:PATH, pascal_context:PATH for files as they are")  # fmt: skip
+    add("--camera", choices=("photo", "thermal", "ultrasound"), default="ultrasound", help="what sees the rendered scenes; "
+        "the small SAM was pretrained on photos")  # fmt: skip
     add("--num-train", type=int, default=512, help="rendered scenes to train on")
     add("--num-test", type=int, default=64, help="rendered scenes to test on")
     add("--tasks", nargs="+", help="semantic depth normals saliency edges parts; default: all that have labels, "
@@ -148,7 +150,7 @@ def load_data(args: argparse.Namespace, image_size: int):
     if args.dataset == "scenes":
         from scenes import CLASSES, load_scenes
 
-        splits = {name: load_scenes(name, num, size=image_size, seed=0) for name, num in
+        splits = {name: load_scenes(name, num, size=image_size, seed=0, camera=args.camera) for name, num in
                   (("train", args.num_train), (args.evaluate_on, args.num_test))}  # fmt: skip
         tasks = detect_tasks(splits["train"], args.tasks or ["semantic", "depth", "normals"], {"semantic": CLASSES})
     else:

@@ -36,6 +36,21 @@ def trainer(arguments):
     return build
 
 
+@pytest.mark.usefixtures("scenes_cache")
+def test_scenes_are_seen_by_the_camera_that_was_asked_for(arguments):
+    from scenes import render_scene, scene_seed
+
+    def first_image(*more):
+        args = script.parse_args(arguments("unused", "--num-train", "1", "--num-test", "1", *more))
+        return np.asarray(script.load_data(args, 32)[0][0]["image"])
+
+    for camera in ("photo", "thermal", "ultrasound"):
+        expected = render_scene(scene_seed("train", 0), 32, camera)["image"]
+        np.testing.assert_array_equal(first_image("--camera", camera), expected)
+    # photos are what the small SAM knows
+    np.testing.assert_array_equal(first_image(), render_scene(scene_seed("train", 0), 32, "ultrasound")["image"])
+
+
 def double_batch(rows):
     batch = collate(rows)
     return {**batch, "pixel_values": batch["pixel_values"].double()}

@@ -81,7 +81,10 @@ def parse_description(values: Any, source: str) -> FolderDescription:
     """Check a description; `source` stands before what is wrong with it."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{source}: expected fields such as 'images' and 'tasks', got {values!r}")
-    _known_fields(values, ("images", "tasks", "splits"), source)
+    _known_fields(values, ("images", "tasks", "splits", "license", "source"), source)
+    for name in ("license", "source"):  # for people: under which terms, and where from
+        if not isinstance(values.get(name, ""), str):
+            raise ValueError(f"{source}: {name}: expected a text, got {values[name]!r}")
     tasks = values.get("tasks")
     if not isinstance(tasks, Mapping) or not tasks:
         raise ValueError(f"{source}: tasks: expected {{task: its fields}}, got {tasks!r}")

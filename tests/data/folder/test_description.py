@@ -10,6 +10,7 @@ GOOD = {"semantic": {"class_names": ["a", "b"]}}
     [
         ([], r"dataset: expected fields such as 'images'"),
         ({"task": GOOD}, r"dataset: unknown fields \['task'\].*'tasks'"),
+        ({"tasks": GOOD, "license": ["MIT"]}, r"dataset: license: expected a text, got \['MIT'\]"),
         ({"images": "x"}, r"dataset: tasks: expected"),
         ({"tasks": {"a b": {"kind": "depth"}}}, r"tasks: a task name must be a Python identifier.*'a b'"),
         ({"tasks": {"far": {"files": "far"}}}, r"tasks\.far\.kind: unknown kind None, expected one of semantic"),
@@ -55,6 +56,11 @@ def test_defaults():
     # of a mask the file's numbers decide what 255 means
     assert found.tasks["semantic"].ignore == (255,) and found.tasks["saliency"].ignore == ()
     assert found.tasks["saliency"].files == ("saliency",) and found.tasks["saliency"].spec.kind == "binary"
+
+
+def test_terms_and_source_are_for_people():
+    plain, told = (parse_description({"tasks": GOOD, **more}, "d") for more in ({}, {"license": "MIT", "source": "a"}))
+    assert plain == told
 
 
 def test_number_255_is_a_class_where_there_are_that_many():
