@@ -1,7 +1,9 @@
 """Partly labelled multi-task data: from rows to batches for an mSAM."""
 
+from .augmentation import Augmentation
 from .columns import IGNORE_INDEX, IMAGE_COLUMN, TASK_COLUMNS, TaskColumn
-from .dataset import Augmentation, MultiTaskDataset, collate, collate_own_size, detect_tasks
+from .dataset import MultiTaskDataset, collate, collate_own_size
+from .detection import detect_tasks
 from .images import IMAGE_SUFFIXES, read_image
 from .loading import load_multitask_dataset
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, SamImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..pictures import image_array
 from .geometry import check_sides, reshaped_size, restore_logits, restored_map
 from .labels import label_tensor, square_label
 from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
@@ -185,33 +185,6 @@ class MSamProcessor(ImageProcessingMixin):
         }
 
 
-def image_array(image: Any) -> np.ndarray:
-    """An image as uint8 (H, W, 3).
-
-    Args:
-        image: A PIL image, a uint8 array (H, W, 3) or (H, W), or a float array or tensor (3, H, W) in [0, 1]. Either
-            order of the dimensions is accepted for both types where only one fits.
-
-    Raises:
-        ValueError: For another shape, type or range.
-    """
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
-    image = np.asarray(image)
-    floating = np.issubdtype(image.dtype, np.floating)
-    if not floating and image.dtype != np.uint8:
-        raise ValueError(f"an image array must hold uint8, or floats in [0, 1]; got {image.dtype}")
-    image = _channels_last(image, first=floating)
-    if not floating:
-        return image
-    if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
-        raise ValueError(f"a float image must be in [0, 1], got values from {image.min():g} to {image.max():g}")
-    # SAM's processor resizes in 8 bits in any case.
-    return np.rint(image * 255).astype(np.uint8)
-
-
 def post_process(
     logits: Mapping[str, Tensor],
     specs: Mapping[str, TaskSpec],
@@ -247,13 +220,3 @@ def post_process(
             activation = specs[name].task_kind.activation
             predictions[image][name] = restored_map(row[None], sizes[image], image_size, activation)
     return predictions
-
-
-def _channels_last(image: np.ndarray, first: bool) -> np.ndarray:
-    """(H, W, 3) from (H, W), (3, H, W) or (H, W, 3); ``first`` says which one is meant where both are possible."""
-    if image.ndim == 2:
-        return np.stack([image] * 3, axis=-1)
-    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]) or 0 in image.shape:
-        raise ValueError(f"an image must have shape (H, W, 3) or (3, H, W), got {image.shape}")
-    channels_first = image.shape[0] == 3 if first else image.shape[-1] != 3
-    return np.moveaxis(image, 0, -1) if channels_first else image
