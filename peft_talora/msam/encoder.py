@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..routing.router import Copies, TaskRequest, find_routers
+from ..routing.router import TaskRequest, find_routers
 from ..talora.layer import TALoraLayer
 from .checks import checked_chunk
 
@@ -102,23 +101,17 @@ def _encode_chunk(model: Any, trunk_states: torch.Tensor, first: int, indices: l
     batch_size = trunk_states.shape[0]
     ids = torch.tensor(indices, device=trunk_states.device).repeat(batch_size)
     hidden = trunk_states.repeat_interleave(len(indices), dim=0)
-    copies = Copies(_parting_layer(model.vision_encoder.layers[first]), batch_size, len(indices))
-    with _routed(model, ids, copies):
+    with _routed(model, ids):
         embedding = _branch(model.vision_encoder, hidden, first)
     return list(embedding.reshape(batch_size, len(indices), *embedding.shape[1:]).unbind(1))
 
 
-def _parting_layer(block: nn.Module) -> nn.Module:
-    """The linear layer of a block in which the tasks part: SAM registers a block's layers in the order in which it runs them."""
-    return next(module for module in block.modules() if _is_task_aware(module))
-
-
 @contextmanager
-def _routed(model: nn.Module, task: TaskRequest, copies: Copies | None = None) -> Iterator[None]:
-    """Like `use_task`, for a model that may have no task-aware adapter, and with copies of the samples."""
+def _routed(model: nn.Module, task: TaskRequest) -> Iterator[None]:
+    """Like `use_task`, for a model that may have no task-aware adapter."""
     with ExitStack() as stack:
         for router in find_routers(model):
-            stack.enter_context(router.using(replace(router.resolve(task), copies=copies)))
+            stack.enter_context(router.using(router.resolve(task)))
         yield
 
 

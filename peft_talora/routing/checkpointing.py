@@ -9,8 +9,7 @@ it therefore look at it right before it is used. (In transformers 5.10 a block's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +34,8 @@ class RoutedCheckpoint:
         options = {**getattr(self.checkpoint, "keywords", {}), **kwargs}
         if options.get("use_reentrant"):
             raise ValueError(REENTRANT_ERROR)
+        # torch's own default is the reentrant variant
+        kwargs = {**kwargs, "use_reentrant": False}
         if torch.compiler.is_compiling():
             # the replay is part of the same graph, where the task ids are ordinary inputs
             return self.checkpoint(function, *args, **kwargs)
@@ -50,15 +51,27 @@ def joined_context(context_fn: Callable | None) -> Callable:
     def joined() -> tuple[Any, Any]:
         forward, replay = context_fn()
         _, task_replay = checkpoint_context()
-        return forward, _nested(replay, task_replay)
+        return forward, _Nested(replay, task_replay)
 
     return joined
 
 
-@contextmanager
-def _nested(outer: Any, inner: Any) -> Iterator[None]:
-    with outer, inner:
-        yield
+class _Nested:
+    """Two contexts as one, which can be entered again wherever both can."""
+
+    def __init__(self, outer: Any, inner: Any) -> None:
+        self.outer, self.inner = outer, inner
+
+    def __enter__(self) -> None:
+        self.outer.__enter__()
+        self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        try:
+            self.inner.__exit__(*error)
+        finally:
+            result = self.outer.__exit__(*error)
+        return result
 
 
 def _route_checkpoints(module: nn.Module, args: tuple) -> None:

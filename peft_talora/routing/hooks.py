@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from .router import TaskRouter, check_batch_size
 
@@ -52,13 +53,24 @@ def _is_task_hook(hook: Any) -> bool:
 
 
 def add_task_hook(model: nn.Module, router: TaskRouter) -> None:
-    """Hook the base model, unless its forward takes task_ids itself or it is hooked already."""
-    if not names_task_ids(model) and not any(_is_task_hook(h) for h in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(partial(_route_forward, router=router), with_kwargs=True)
+    """Hook the base model, and every model inside it that has tuned layers and may be called by itself.
+
+    A model whose forward takes task_ids itself, and one that is hooked already, is left as it is.
+    """
+    for module in model.modules():
+        if module is not model and not (isinstance(module, PreTrainedModel) and _is_tuned(module)):
+            continue
+        if not names_task_ids(module) and not any(_is_task_hook(h) for h in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(partial(_route_forward, router=router), with_kwargs=True)
+
+
+def _is_tuned(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def remove_task_hook(model: nn.Module) -> None:
     """Undo [`add_task_hook`]."""
-    for key in [k for k, hook in model._forward_pre_hooks.items() if _is_task_hook(hook)]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        for key in [k for k, hook in module._forward_pre_hooks.items() if _is_task_hook(hook)]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -8,12 +8,16 @@ forward leaves nothing behind.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,21 +28,7 @@ Task = str | int
 TaskRequest = Task | Sequence[Task] | torch.Tensor
 
 _LIVE_ROUTERS: weakref.WeakSet[TaskRouter] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, eq=False)
-class Copies:
-    """A layer whose input is the same for all copies of a sample, which stand for its tasks and part in this layer.
-
-    Args:
-        layer: The layer.
-        samples: How many samples there are.
-        number: How many copies each of them has; they follow each other.
-    """
-
-    layer: nn.Module
-    samples: int
-    number: int
+_ROUTERS_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,23 +38,88 @@ class Routing:
     Args:
         by_adapter: Per adapter an index for all samples, or a LongTensor (B,) of one index per sample.
         source: The request as the caller gave it.
-        recomputing: Whether activation checkpointing replays a forward.
         adapter_names: The adapter of each sample, where they differ.
-        copies: The layer where the copies of a sample part, where there are any.
     """
 
     by_adapter: dict[str, int | torch.Tensor]
     source: Any = None
-    recomputing: bool = False
     adapter_names: tuple[str, ...] | None = None
-    copies: Copies | None = None
 
 
-class _ThreadRouting(threading.local):
-    """The current thread's override; `__init__` runs in every thread that looks at it."""
+class _OpenBlock:
+    """A `with` block that is open: its routing, and the generator or coroutine that it was opened in, if any."""
+
+    def __init__(self, routing: Routing | None, owner: FrameType | None) -> None:
+        self.routing = routing
+        self.owner = owner
+
+
+class _ThreadState:
+    """What one thread uses instead of the active tasks: the routing of its innermost open block."""
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        self.blocks: list[_OpenBlock] = []
+
+    def open(self, block: _OpenBlock) -> None:
+        self.blocks.append(block)
+        self.routing = block.routing
+
+    def close(self, block: _OpenBlock) -> None:
+        """Forget a block, whatever was opened or closed since: those of generators close in any order."""
+        self.blocks.remove(block)
+        self.routing = self.blocks[-1].routing if self.blocks else None
+
+    def settle(self) -> None:
+        """Make the routing that of the innermost block whose generator or coroutine, if it has one, is running."""
+        if not any(block.owner is not None for block in self.blocks):
+            return
+        running = _running_frames()
+        for block in reversed(self.blocks):
+            if block.owner is None or block.owner in running:
+                self.routing = block.routing
+                return
+        raise RuntimeError(
+            "A model is called outside of the `use_task` block that is open in this thread: the generator or coroutine "
+            f"'{self.blocks[-1].owner.f_code.co_name}', which opened it, is suspended. Call the model inside of the block, "
+            "or give the call its own `use_task` block or task_ids."
+        )
+
+
+class _ThreadRouting(threading.local):
+    """The current thread's state; `__init__` runs in every thread that looks at it."""
+
+    def __init__(self) -> None:
+        self.state = _ThreadState()
+
+
+_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def _running_frames() -> set[FrameType]:
+    """The frames of all functions that are running in this thread."""
+    frames, frame = set(), sys._getframe()
+    while frame is not None:
+        frames.add(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _suspendable_owner() -> FrameType | None:
+    """The innermost running generator or coroutine, which can be suspended inside of a block; None where there is none.
+
+    The generator of a `contextlib` context manager does not count: its block is that of the function that uses it.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:
+        outer = frame.f_back
+        manager = outer is not None and outer.f_code.co_filename == contextlib.__file__
+        if frame.f_code.co_flags & _SUSPENDABLE and not manager and frame.f_code.co_filename != contextlib.__file__:
+            return frame
+        frame = outer
+    return None
 
 
 class _ThreadReplay(threading.local):
@@ -94,7 +149,8 @@ class TaskRouter:
         self.tasks: dict[str, tuple[str, ...]] = {}
         self.active: dict[str, int] = {}
         self._thread = _ThreadRouting()
-        _LIVE_ROUTERS.add(self)
+        with _ROUTERS_LOCK:
+            _LIVE_ROUTERS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # what a thread is doing right now belongs to neither a copy nor a file
@@ -106,18 +162,20 @@ class TaskRouter:
 
     @property
     def override(self) -> Routing | None:
-        """The routing of the current `with` block or forward in this thread, or None."""
-        return self._thread.routing
+        """The routing of the current `with` block or forward in this thread, or None.
+
+        Raises:
+            RuntimeError: The only open blocks are those of generators or coroutines that are suspended.
+        """
+        state = self._thread.state
+        if not torch.compiler.is_compiling():
+            state.settle()
+        return state.routing
 
     @property
     def adapter_names(self) -> tuple[str, ...] | None:
         """The adapter of each sample, or None where all samples use the active ones."""
         return None if self.override is None else self.override.adapter_names
-
-    def copies_in(self, layer: nn.Module) -> Copies | None:
-        """The copies of each sample that are still the same in the input of `layer`; None where there are none."""
-        copies = None if self.override is None else self.override.copies
-        return copies if copies is not None and copies.layer is layer else None
 
     def add(self, adapter_name: str, tasks: Sequence[str]) -> None:
         """Register an adapter; its first task becomes active. Registering the same tasks again changes nothing."""
@@ -133,7 +191,7 @@ class TaskRouter:
 
     def task_of(self, adapter_name: str) -> int | torch.Tensor:
         """The task index, or the LongTensor (B,) of task indices, that `adapter_name` has to use now."""
-        routing = self._thread.routing
+        routing = self.override
         if routing is None:
             return self.active[adapter_name]
         if adapter_name not in routing.by_adapter:
@@ -165,20 +223,31 @@ class TaskRouter:
         self.active.update(routing.by_adapter)
 
     @contextmanager
-    def using(self, routing: Routing | None) -> Iterator[None]:
-        """Use `routing` in this thread inside the `with` block."""
-        previous = self._thread.routing
-        self._thread.routing = routing
+    def using(self, routing: Routing | None, owner: FrameType | None = None) -> Iterator[None]:
+        """Use `routing` in this thread inside the `with` block.
+
+        Args:
+            routing: The routing; None for the active tasks.
+            owner: The generator or coroutine that opens the block and may be suspended inside of it.
+        """
+        state = self._thread.state  # not looked up again: a generator may be closed by another thread
+        if torch.compiler.is_compiling():
+            previous, state.routing = state.routing, routing
+            try:
+                yield
+            finally:
+                state.routing = previous
+            return
+        block = _OpenBlock(routing, owner)
+        state.open(block)
         try:
             yield
         finally:
-            self._thread.routing = previous
+            state.close(block)
 
     def snapshot(self) -> Routing:
         """Everything that decides the tasks of a forward now, to replay it later under activation checkpointing."""
-        if self.override is not None:
-            return replace(self.override, recomputing=True)
-        return Routing(dict(self.active), recomputing=True)
+        return self.override or Routing(dict(self.active))
 
 
 def task_index(task: Task, tasks: Sequence[str]) -> int:
@@ -205,7 +274,8 @@ def resolve_task(request: TaskRequest, tasks: Sequence[str], device: torch.devic
     if isinstance(request, str | int):
         return task_index(request, tasks)
     if isinstance(request, torch.Tensor):
-        return _check_id_tensor(request, tasks).to(device=device, dtype=torch.long)
+        ids = _check_id_tensor(request, tasks)
+        return int(ids) if ids.ndim == 0 else ids.to(device=device, dtype=torch.long)
     if isinstance(request, Sequence):
         return torch.tensor([task_index(_as_python(t), tasks) for t in request], dtype=torch.long, device=device)
     raise ValueError(
@@ -219,8 +289,10 @@ def _as_python(task: Any) -> Any:
 
 
 def _check_id_tensor(ids: torch.Tensor, tasks: Sequence[str]) -> torch.Tensor:
-    if ids.ndim != 1:
-        raise ValueError(f"task_ids must have the shape (batch,), got {tuple(ids.shape)}. Known tasks: {list(tasks)}.")
+    if ids.ndim > 1:
+        raise ValueError(
+            f"task_ids must have the shape (batch,), or () for one task, got {tuple(ids.shape)}. Known tasks: {list(tasks)}."
+        )
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"task_ids must be integers, got {ids.dtype}. The known tasks are {list(tasks)}.")
     # inside a compiled graph a look at the values would break the graph; there torch reports a bad index itself
@@ -293,9 +365,10 @@ def use_task(model: nn.Module, task: TaskRequest) -> Iterator[None]:
     Raises:
         ValueError: Unknown task (names the known ones), or no task-aware layer in `model`.
     """
+    owner = _suspendable_owner()
     with ExitStack() as stack:
         for router in _require_routers(model):
-            stack.enter_context(router.using(router.resolve(task)))
+            stack.enter_context(router.using(router.resolve(task), owner))
         yield
 
 
@@ -309,17 +382,27 @@ def checkpoint_context() -> tuple[Any, Any]:
         checkpoint(block, x, use_reentrant=False, context_fn=peft_talora.checkpoint_context)
         ```
     """
-    snapshots = [(router, router.snapshot()) for router in list(_LIVE_ROUTERS)]
+    with _ROUTERS_LOCK:
+        routers = list(_LIVE_ROUTERS)
+    return nullcontext(), _Replay([(router, router.snapshot()) for router in routers])
 
-    @contextmanager
-    def replay() -> Iterator[None]:
-        with ExitStack() as stack:
-            for router, routing in snapshots:
-                stack.enter_context(router.using(routing))
-            stack.enter_context(_replay_flag())
-            yield
 
-    return nullcontext(), replay()
+class _Replay:
+    """A context that can be entered again and again: a graph that is kept is replayed by every backward."""
+
+    def __init__(self, snapshots: list[tuple[TaskRouter, Routing]]) -> None:
+        self.snapshots = snapshots
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = ExitStack()
+        for router, routing in self.snapshots:
+            stack.enter_context(router.using(routing))
+        stack.enter_context(_replay_flag())
+        self._entered.append(stack)
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 @contextmanager

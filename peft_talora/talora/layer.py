@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..routing.checkpointing import in_backward
 from ..routing.mixed_batch import by_sample, samples_of
-from ..routing.router import Copies, TaskRouter
+from ..routing.router import TaskRouter, replaying
 from ..tuner.layer import PluginLayer
 from ..tuner.low_rank import add_product
 from .config import TALoraConfig
@@ -220,12 +220,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
             self._check_merged_tasks()
             return self.base_layer(x, *args, **kwargs)
 
-        copies = self.task_router.copies_in(self)
-        result = (
-            self.base_result(x, *args, **kwargs)
-            if copies is None
-            else self._base_result_once(copies, x, *args, **kwargs)
-        )
+        result = self.base_result(x, *args, **kwargs)
         if self.task_router.adapter_names is not None:
             return self._add_mixed_adapters(result, x, self.task_router.adapter_names)
         result_dtype = result.dtype
@@ -234,14 +229,6 @@ class TALoraLinear(nn.Module, TALoraLayer):
                 hidden = self._hidden(adapter_name, x, self.task_router.task_of(adapter_name))
                 result = add_product(result, hidden, self._padded_U2(adapter_name))
         return result.to(result_dtype)
-
-    def _base_result_once(self, copies: Copies, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer's output for copies with the same input, (rows, ..., d) -> (rows, ..., k), computed once for all."""
-        # a copy's parts (SAM's windows) follow each other
-        first = x.reshape(copies.samples, copies.number, -1, *x.shape[1:])[:, 0]
-        result = self.base_result(first.flatten(0, 1), *args, **kwargs)
-        result = result.reshape(copies.samples, 1, -1, *result.shape[1:])
-        return result.expand(-1, copies.number, *result.shape[2:]).flatten(0, 2)
 
     def _add_mixed_adapters(
         self, result: torch.Tensor, x: torch.Tensor, adapter_names: tuple[str, ...]
@@ -302,8 +289,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
         """Refuse a replay by activation checkpointing that does not know the tasks of its forward."""
         if torch.compiler.is_compiling() or not in_backward() or len(self.task_router.tasks[adapter_name]) == 1:
             return
-        routing = self.task_router.override
-        if routing is None or not routing.recomputing:
+        if not replaying():
             raise RuntimeError(
                 "A checkpointed TA-LoRA layer runs again in backward without the tasks of its forward, which could "
                 "give the gradients of another task. Pass `use_reentrant=False, "
