@@ -33,8 +33,10 @@ class ConvLoraConfig(TargetsConfig):
             lowers the loss becomes more likely for such inputs. The experts that were not chosen are not evaluated; what
             they would have given is not known to the gradient.
         grid_size (`tuple[int, int]`, *optional*):
-            Height and width of the grid of tokens of inputs (B, N, C). The square root of N - num_prefix_tokens when
-            None. Inputs (..., H, W, C) bring their own.
+            Height and width of the grid of tokens of inputs (B, N, C). When None that of the model's configuration (ViT,
+            DINOv2, CLIP, ...), in models of your own the square root of N - num_prefix_tokens, with a warning; layers of
+            transformers' models whose input is not known to be a grid are refused then. Inputs (..., H, W, C) bring
+            their own.
         num_prefix_tokens (`int`):
             How many tokens come before the grid in inputs (B, N, C), such as a class token or registers. They get the low
             rank update without an expert.
