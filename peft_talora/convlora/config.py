@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..registration import add_peft_type
-from ..tuner.config import TargetsConfig, check_positive_int, check_probability
+from ..saving.tensors import Shape, check_sizes
+from ..tuner.config import TargetsConfig, check_bool, check_positive_int, check_probability, is_number
 
 
 @dataclass
@@ -93,16 +95,24 @@ class ConvLoraConfig(TargetsConfig):
         for name in ("r", "num_experts"):
             check_positive_int(name, getattr(self, name))
         check_probability("convlora_dropout", self.convlora_dropout)
-        if not math.isfinite(self.convlora_alpha) or self.convlora_alpha <= 0:
+        if not is_number(self.convlora_alpha) or self.convlora_alpha <= 0:
             raise ValueError(f"`convlora_alpha` must be a positive number, got {self.convlora_alpha!r}.")
-        if not math.isfinite(self.aux_loss_weight) or self.aux_loss_weight < 0:
+        if not is_number(self.aux_loss_weight) or self.aux_loss_weight < 0:
             raise ValueError(f"`aux_loss_weight` must be a number of at least 0, got {self.aux_loss_weight!r}.")
-        if not isinstance(self.init_weights, bool):
-            raise ValueError(f"`init_weights` must be True or False, got {self.init_weights!r}.")
+        for name in ("noisy_gating", "gate_gradient", "init_weights"):
+            check_bool(name, getattr(self, name))
         prefix = self.num_prefix_tokens
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ValueError(f"`num_prefix_tokens` must be an integer of at least 0, got {prefix!r}.")
         self._check_grid_size()
+
+    def settings(self) -> dict[str, Any]:
+        """See [`TargetsConfig`]."""
+        return {"convlora_alpha": self.convlora_alpha}
+
+    def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        """See [`TargetsConfig`]."""
+        check_sizes("num_experts and r", (self.num_experts, self.r), shapes, "convlora_expert_bias")
 
     def _check_grid_size(self) -> None:
         if self.grid_size is None:

@@ -12,7 +12,7 @@ from torch import nn
 from ..msam_adapter import is_msam
 from ..routing.hooks import add_task_hook, remove_task_hook
 from ..routing.mixed_batch import check_adapter_names, route_adapters, saved_modules_use
-from ..routing.router import TaskRequest, TaskRouter, find_routers, set_task, use_task
+from ..routing.router import TaskRequest, TaskRouter, find_routers, set_task, task_index, use_task
 from ..tuner.model import PluginTuner
 from .config import TALoraConfig
 from .layer import TALoraLayer, TALoraLinear
@@ -70,6 +70,22 @@ class TALoraModel(PluginTuner):
                 f"TALoraConfig.tasks is required for a {type(model).__name__}: the ordered names of the tasks, for "
                 'instance TALoraConfig(tasks=["depth", "normals"]). Only an MSamForMultiTask brings its own.'
             )
+        peft_config.check_active_task()
+        peft_config.warn_of_shared_starts()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; then make the configuration's task the active one."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        self.task_router.active[adapter_name] = task_index(config.active_task or 0, config.tasks)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: Any, config: Any, adapter_name: str, **kwargs: Any) -> dict[str, Any]:
+        # PEFT and transformers save the configuration after the weights
+        for router in find_routers(model):
+            task = router.active.get(adapter_name, 0)
+            config.active_task = config.tasks[task] if task else None
+        return super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
 
     def _layer_kwargs(self) -> dict[str, Any]:
         return {"task_router": self.task_router}
