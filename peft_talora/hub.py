@@ -23,7 +23,6 @@ from .saving.directory import written_aside
 from .saving.placement import checked_dtype, place
 from .saving.seal import CONFIG_FILE, WEIGHTS_FILE, seal, write_json
 
-
 # starts of PEFT's LoRA that change the base by chance or by data ("pissa" and "olora" change it the same way again)
 RANDOM_STARTS = ("pissa_niter", "corda", "loftq", "lora_ga")
 

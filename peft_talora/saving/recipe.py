@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def _saved_sizes(specs: Mapping[str, TaskSpec], shapes: Mapping[str, Shape]) -> 
     found: dict[str, list[int]] = {}
     for name, shape in shapes.items():
         parts = name.split(".")
-        for part, task in zip(parts, parts[1:], strict=False):
+        for part, task in pairwise(parts):
             if part in ("mask_decoders", "no_mask_embeds") and task in specs:
                 found.setdefault(task, []).append(max(shape, default=1))
     return {task: max(len(sizes), *sizes) for task, sizes in found.items()}

@@ -18,29 +18,28 @@ import torch
 
 T = TypeVar("T")
 PEFT_PREFIX = "base_model.model."
-_ENTRY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?\w+_settings:(.*)", re.DOTALL)
+_ENTRY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?settings:([^.]*)\..*")
 # plain factors, which a configuration may change by hand; the others say which numbers stand for what
 FACTORS = ("scaling", "convlora_alpha")
 
 
 def with_settings(
-    state: Mapping[str, torch.Tensor], settings: Mapping[str, Any], prefix: str, adapter_name: str
+    state: Mapping[str, torch.Tensor], settings: Mapping[str, Any], parameter: str
 ) -> dict[str, torch.Tensor]:
-    """An adapter's state with its settings, as `_get_adapter_state_dict` of a tuner returns it.
+    """An adapter's state with its settings.
 
     Args:
         state: `{name: tensor}`.
         settings: What JSON can hold.
-        prefix: That of the tuner, such as "talora_".
-        adapter_name: The adapter's name, which PEFT takes off the end of each name.
+        parameter: The end of the entry's name: a parameter of the tuner as the other names have it, such as
+            "talora_U3.default", from which PEFT takes the adapter's name.
     """
     if not state:
         return dict(state)
     front = PEFT_PREFIX if any(name.startswith(PEFT_PREFIX) for name in state) else ""
-    # PEFT and transformers look for names between dots
+    # names are parted at dots
     text = json.dumps(settings, sort_keys=True).replace("%", "%25").replace(".", "%2E")
-    name = f"{front}{prefix}settings:{text}.{adapter_name}"
-    return {**state, name: torch.empty(0)}
+    return {**state, f"{front}settings:{text}.{parameter}": torch.empty(0)}
 
 
 def split_settings(state: Mapping[str, T]) -> tuple[dict[str, T], dict[str, Any] | None]:

@@ -119,7 +119,7 @@ def read_shapes(directory: Path) -> dict[str, Shape]:
     """
     path = directory / WEIGHTS_FILE
     content = path.read_bytes()
-    tensors = parse_tensors(content, path)
+    tensors, _ = split_settings(parse_tensors(content, path))
     check_sound(has_weights(read_json(directory / CONFIG_FILE), content), path)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from ..msam_adapter import is_msam
@@ -98,14 +99,32 @@ class TALoraModel(PluginTuner):
         super()._remove_hooks()
         remove_task_hook(self.model)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; with `safe_merge` all layers are checked before the first one is changed."""
+        if safe_merge:
+            self._check_merged_weights(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge=False)
+
+    def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, TALoraLayer):
+                with onload_layer(layer):
+                    layer.check_merged_weight(adapter_names)
+
     def _unload_and_optionally_merge(
-        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> nn.Module:
         # before anything is changed: a refusal must not leave half a model
         tasks = self._tasks_once_merged(adapter_names) if merge else []
         if is_msam(self.model) and len(tasks) > 1:
             raise ValueError(f"Only one task can be merged, but the adapters have the tasks {tasks}.")
-        model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        if merge and safe_merge:
+            self._check_merged_weights(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         if is_msam(model) and tasks:
             # merged weights are those of one task; what belongs to the others would give wrong results with them
             model.keep_tasks(tasks)

@@ -48,7 +48,8 @@ class PluginTuner(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, config: Any, adapter_name: str, **kwargs: Any) -> dict[str, Any]:
         state = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
-        return with_settings(state, config.settings(), cls.prefix, adapter_name)
+        parameter = cls.tuner_layer_cls.adapter_layer_names[-1]
+        return with_settings(state, config.settings(), f"{parameter}.{adapter_name}")
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         prepare_for_msam(peft_config, model)

@@ -209,7 +209,7 @@ def test_damage_is_harmless_or_refused(tiny_sam, tmp_path, remembered, make_conf
     names = [name for name in (CONFIG, WEIGHTS, MSAM) if (path / name).exists()]
     pixels = torch.randn(1, 3, 8, 8)
     config, weights, logits = content(load_adapter(path, base_model=copy.deepcopy(base)), pixels)
-    loaded, refused = {name: 0 for name in names}, {name: 0 for name in names}
+    loaded, refused = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     for case in range(cases):
         rng = random.Random(case)
         file = path / rng.choice(names)
