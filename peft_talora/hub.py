@@ -7,28 +7,24 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import SamModel
 
 from .msam.loading import checkpoint_type
 from .msam.modeling import MSamForMultiTask
-from .msam_adapter import MSAM_MODEL_TYPE, check_same_msam, msam_fields
+from .msam_adapter import MSAM_MODEL_TYPE, msam_fields
+from .saving.adapter import MSAM_FILE, SavedAdapter
 from .saving.card import is_hub_id, model_card
-from .saving.description import (
-    CONFIG_FILE,
-    MSAM_FILE,
-    PICKLE_FILE,
-    WEIGHTS_FILE,
-    read_config,
-    read_msam_fields,
-    write_json,
-)
-from .saving.directory import finish_pending, written_aside
-from .saving.seal import check_seal, seal
-from .saving.tensors import adapter_tensors, check_weights, saved_tensors
+from .saving.directory import written_aside
+from .saving.placement import checked_dtype, place
+from .saving.seal import CONFIG_FILE, WEIGHTS_FILE, seal, write_json
+
+# starts of PEFT's LoRA that change the base by chance or by data ("pissa" and "olora" change it the same way again)
+RANDOM_STARTS = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(
@@ -41,8 +37,8 @@ def save_adapter(
 ) -> Path:
     """Save the active adapter of a tuned mSAM, with everything that [`load_adapter`] needs beside the SAM.
 
-    A save that fails, or is killed, leaves the adapter that `directory` held before, or the new one. Checksums of all
-    files are saved too; the weights that PEFT's own `save_pretrained` writes have none.
+    A save that fails, or is killed, leaves the adapter that `directory` held before, or the new one. A checksum of the
+    weights is saved too; those that PEFT's own `save_pretrained` writes have none.
 
     Args:
         model: The PeftModel around an `MSamForMultiTask`.
@@ -57,7 +53,8 @@ def save_adapter(
 
     Raises:
         TypeError: The model is not around an `MSamForMultiTask`.
-        ValueError: The model has one adapter on top of another, or `metrics` has another form.
+        ValueError: The model has an adapter that could not be loaded again, such as one on top of another; or `metrics` has
+            another form.
         FileExistsError: `directory` is a file.
     """
     msam = _msam_of(model)
@@ -65,11 +62,12 @@ def save_adapter(
     directory = Path(directory)
     with written_aside(directory) as aside:
         _save_active(model, aside)
+        sealed = aside / CONFIG_FILE
         if getattr(model.peft_config[model.active_adapter], "msam", None) is None:
-            write_json(aside / MSAM_FILE, msam_fields(msam.config))
-            seal(aside / MSAM_FILE, aside / CONFIG_FILE, aside / WEIGHTS_FILE)
-        else:
-            seal(aside / CONFIG_FILE, aside / WEIGHTS_FILE)
+            sealed = aside / MSAM_FILE
+            write_json(sealed, msam_fields(msam.config))
+        seal(sealed, weights=aside / WEIGHTS_FILE)
+        _check_loads_again(aside, msam, directory)
         card = model_card(model, aside / WEIGHTS_FILE, metrics, dataset=dataset, license=license, hub_id=hub_id)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return directory
@@ -137,6 +135,15 @@ def _msam_of(model: PeftModel) -> MSamForMultiTask:
             f"{'one around ' if isinstance(model, PeftModel) else ''}a {type(base).__name__}; use its save_pretrained or "
             "push_to_hub."
         )
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"One adapter is saved, but {model.active_adapters} are active: call set_adapter first.")
+    start = str(getattr(model.peft_config[model.active_adapter], "init_lora_weights", None))
+    if start.startswith(RANDOM_STARTS):
+        raise ValueError(
+            f"init_lora_weights={start!r} changed the SAM's own weights, which are not saved, in a way that loading cannot "
+            "repeat. Use another start, or convert the adapter with path_initial_model_for_weight_conversion of PEFT's "
+            "save_pretrained."
+        )
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer) and isinstance(module.base_layer, BaseTunerLayer):
             raise ValueError(
@@ -169,6 +176,15 @@ def _save_active(model: PeftModel, directory: Path) -> None:
         folder.rmdir()
 
 
+def _check_loads_again(aside: Path, msam: MSamForMultiTask, directory: Path) -> None:
+    """Refuse to save what [`load_adapter`] would refuse to load."""
+    try:
+        SavedAdapter.read(aside).check_fits(msam)
+    except (ValueError, FileNotFoundError) as error:
+        reason = str(error).replace(str(aside), str(directory))
+        raise ValueError(f"This adapter could not be loaded again, so it is not saved: {reason}") from error
+
+
 def load_adapter(
     path_or_hub_id: str | Path,
     base_model: SamModel | MSamForMultiTask | str | Path | None = None,
@@ -177,60 +193,63 @@ def load_adapter(
     verify: bool = True,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
+    adapter_name: str = "default",
+    dtype: torch.dtype | str | None = None,
+    device_map: str | int | torch.device | dict[str, Any] | None = None,
 ) -> PeftModel:
     """Load a saved mSAM adapter.
 
-    What does not fit is refused before the base model is touched. Weights in pickle files are never read.
+    What does not fit is refused before the base model is touched. Weights in pickle files are never read. Reading writes
+    nothing into the directory.
 
     Args:
         path_or_hub_id: A directory that `save_pretrained` or [`save_adapter`] wrote, or its name on the Hub.
         base_model: A `SamModel`, an `MSamForMultiTask`, or the name or path of one. The adapter's own base when None.
-            One of another name than the adapter's own, both on the Hub, is a warning.
+            One of another name than the adapter's own, both on the Hub, is a warning. An `MSamForMultiTask` is itself
+            tuned, and cast and moved where that is asked for; a `SamModel` is not changed.
         is_trainable: Whether to train the adapter further; it is frozen otherwise.
         revision: The version on the Hub.
-        verify: Refuse files that are not as they were saved, by their checksums. False accepts what you changed by
-            hand, where it fits the model. Files without checksums are accepted anyway.
+        verify: Refuse weights that are not as they were saved, by their checksum. False accepts what you changed by
+            hand, where it fits the model. Weights without a checksum are accepted anyway. The configuration has none: it
+            may be edited, as far as its values fit the weights.
         cache_dir: huggingface_hub's cache, if not its usual one.
         token: Your access token for the Hub; the one that you are logged in with when None.
+        adapter_name: The adapter's name in the model.
+        dtype: The type of the base model's numbers, such as `torch.bfloat16` or "bfloat16"; as it is when None. The adapter's
+            own stay float32 in half precision, as in PEFT.
+        device_map: A device for the whole model; or as in transformers "auto", or a dict of modules and devices, which
+            accelerate dispatches. Where the base model is when None.
 
     Returns:
-        The PeftModel around an `MSamForMultiTask`.
+        The PeftModel around an `MSamForMultiTask`. The task that was active when the adapter was saved is active again.
 
     Raises:
         FileNotFoundError: The directory, a file in it, or the base model is missing, here and on the Hub.
-        ValueError: The adapter is not one of an mSAM; a newer version of this package saved it; a file is damaged or was
-            changed; a tensor is missing, unknown, of another shape, or not finite; or it does not fit the base model: other
-            tasks, another order of them, another image size or channel mode, a SAM of other sizes.
+        ValueError: The adapter is not one of an mSAM; a newer version of this package saved it; the weights are damaged or
+            were changed; a tensor is missing, unknown, of another shape, or not finite; or it does not fit the base model:
+            other tasks, another order of them, another image size or channel mode, a SAM of other sizes; or the base model
+            has an adapter already.
         TypeError: `base_model` is something else.
     """
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(f"`adapter_name` must be a name without dots, got {adapter_name!r}.")
+    dtype = checked_dtype(dtype)
     directory = _adapter_directory(path_or_hub_id, revision=revision, cache_dir=cache_dir, token=token)
-    config = read_config(directory)
-    fields, file = read_msam_fields(directory, config, verify)
-    weights = directory / WEIGHTS_FILE
-    saved_tensors(weights)  # a damaged file needs no model
-    if verify:
-        # the weights follow when it is known which tensors they should have: that error says more
-        check_seal(file, skip=[WEIGHTS_FILE])
-    msam = _base_msam(base_model, config, fields, directory)
-    check_weights(weights, adapter_tensors(msam, config))
-    if verify:
-        check_seal(file)
-    return PeftModel.from_pretrained(msam, directory, config=config, is_trainable=is_trainable)
+    adapter = SavedAdapter.read(directory, verify)
+    msam = _base_msam(base_model, adapter)
+    adapter.check_fits(msam)
+    model = adapter.load_into(msam if dtype is None else msam.to(dtype), adapter_name, is_trainable)
+    place(msam, device_map)
+    return model
 
 
 def _adapter_directory(path_or_hub_id: str | Path, **download: Any) -> Path:
     path = Path(path_or_hub_id)
-    if not path.is_dir():
-        if path.exists():
-            raise FileNotFoundError(f"An adapter is a directory, but '{path}' is a file.")
-        path = _download(str(path_or_hub_id), **download)
-    finish_pending(path)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (path / name).is_file():
-            pickled = name == WEIGHTS_FILE and (path / PICKLE_FILE).is_file()
-            why = f". Its {PICKLE_FILE} is not read: a pickle can run any code" if pickled else ""
-            raise FileNotFoundError(f"'{path_or_hub_id}' is no saved adapter: it has no {name}{why}.")
-    return path
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"An adapter is a directory, but '{path}' is a file.")
+    return _download(str(path_or_hub_id), **download)
 
 
 def _download(hub_id: str, **download: Any) -> Path:
@@ -245,24 +264,35 @@ def _download(hub_id: str, **download: Any) -> Path:
         ) from error
 
 
-def _base_msam(base_model: Any, config: PeftConfig, fields: dict[str, Any], directory: Path) -> MSamForMultiTask:
-    own = config.base_model_name_or_path
+def _base_msam(base_model: Any, adapter: SavedAdapter) -> MSamForMultiTask:
+    own = adapter.config.base_model_name_or_path
     if base_model is None:
         base_model = own
         if not base_model:
             raise ValueError(
-                f"'{directory}' does not say which SAM it was trained on: pass base_model=, a SamModel or the name or "
-                "path of one."
+                f"'{adapter.directory}' does not say which SAM it was trained on: pass base_model=, a SamModel or the name "
+                "or path of one."
             )
     if isinstance(base_model, str | Path) and checkpoint_type(base_model) == MSAM_MODEL_TYPE:
         base_model = MSamForMultiTask.from_pretrained(base_model)
-    if isinstance(base_model, MSamForMultiTask):
-        msam = base_model
-    else:
-        msam = MSamForMultiTask.from_sam(
-            base_model, fields["tasks"], image_size=fields["image_size"], channel_mode=fields["channel_mode"]
-        )
-    check_same_msam(fields, msam.config, own)
+    msam = base_model
+    if not isinstance(base_model, MSamForMultiTask):
+        recipe = {name: adapter.recipe[name] for name in ("tasks", "image_size", "channel_mode")}
+        try:
+            msam = MSamForMultiTask.from_sam(base_model, **recipe)
+        except ValueError as error:
+            raise ValueError(f"The mSAM of {adapter.recipe_file} could not be made: {error}") from error
+    _check_untuned(msam)
     if is_hub_id(own) and is_hub_id(msam.name_or_path) and own != msam.name_or_path:
         warnings.warn(f"The adapter was trained on '{own}', the base model is '{msam.name_or_path}'.", stacklevel=3)
     return msam
+
+
+def _check_untuned(msam: MSamForMultiTask) -> None:
+    names = [*getattr(msam, "peft_config", {})]
+    if names or any(isinstance(module, BaseTunerLayer) for module in msam.modules()):
+        raise ValueError(
+            f"The base model has an adapter already ({', '.join(map(repr, names)) or 'tuned layers'}). To keep it beside the "
+            "saved one, call load_adapter(directory, 'another name') of its PeftModel; else unload() it first, or pass the "
+            "SAM."
+        )

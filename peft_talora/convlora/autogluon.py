@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..saving.settings import with_settings
 from .config import ConvLoraConfig
+from .layer import ConvLoraLayer
 
 _QKV = re.compile(r"(?:.*\.)?(vision_encoder\.layers\.(\d+)\.attn\.qkv)")
 _EXPERT = re.compile(r"lora_moe_experts\.(\d+)\.0\.(weight|bias)")
@@ -59,7 +61,7 @@ def convlora_from_autogluon(
     config = ConvLoraConfig(
         r=r, num_experts=n, convlora_alpha=convlora_alpha, target_modules=["qkv"], layers_to_transform=indices
     )
-    return config, weights
+    return config, with_settings(weights, config.settings(), ConvLoraLayer.adapter_layer_names[-1])
 
 
 def _adapter_keys(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

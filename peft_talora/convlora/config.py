@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..registration import add_peft_type
-from ..tuner.config import TargetsConfig, check_positive_int, check_probability
+from ..saving.tensors import Shape, check_sizes
+from ..tuner.config import TargetsConfig, check_bool, check_positive_int, check_probability, is_number
 
 
 @dataclass
@@ -33,8 +35,10 @@ class ConvLoraConfig(TargetsConfig):
             lowers the loss becomes more likely for such inputs. The experts that were not chosen are not evaluated; what
             they would have given is not known to the gradient.
         grid_size (`tuple[int, int]`, *optional*):
-            Height and width of the grid of tokens of inputs (B, N, C). The square root of N - num_prefix_tokens when
-            None. Inputs (..., H, W, C) bring their own.
+            Height and width of the grid of tokens of inputs (B, N, C). When None that of the model's configuration (ViT,
+            DINOv2, CLIP, ...), in models of your own the square root of N - num_prefix_tokens, with a warning; layers of
+            transformers' models whose input is not known to be a grid are refused then. Inputs (..., H, W, C) bring
+            their own.
         num_prefix_tokens (`int`):
             How many tokens come before the grid in inputs (B, N, C), such as a class token or registers. They get the low
             rank update without an expert.
@@ -91,16 +95,24 @@ class ConvLoraConfig(TargetsConfig):
         for name in ("r", "num_experts"):
             check_positive_int(name, getattr(self, name))
         check_probability("convlora_dropout", self.convlora_dropout)
-        if not math.isfinite(self.convlora_alpha) or self.convlora_alpha <= 0:
+        if not is_number(self.convlora_alpha) or self.convlora_alpha <= 0:
             raise ValueError(f"`convlora_alpha` must be a positive number, got {self.convlora_alpha!r}.")
-        if not math.isfinite(self.aux_loss_weight) or self.aux_loss_weight < 0:
+        if not is_number(self.aux_loss_weight) or self.aux_loss_weight < 0:
             raise ValueError(f"`aux_loss_weight` must be a number of at least 0, got {self.aux_loss_weight!r}.")
-        if not isinstance(self.init_weights, bool):
-            raise ValueError(f"`init_weights` must be True or False, got {self.init_weights!r}.")
+        for name in ("noisy_gating", "gate_gradient", "init_weights"):
+            check_bool(name, getattr(self, name))
         prefix = self.num_prefix_tokens
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ValueError(f"`num_prefix_tokens` must be an integer of at least 0, got {prefix!r}.")
         self._check_grid_size()
+
+    def settings(self) -> dict[str, Any]:
+        """See [`TargetsConfig`]."""
+        return {"convlora_alpha": self.convlora_alpha}
+
+    def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        """See [`TargetsConfig`]."""
+        check_sizes("num_experts and r", (self.num_experts, self.r), shapes, "convlora_expert_bias")
 
     def _check_grid_size(self) -> None:
         if self.grid_size is None:

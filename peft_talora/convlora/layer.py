@@ -16,6 +16,7 @@ from ..tuner.low_rank import add_product, project
 from .config import ConvLoraConfig
 from .experts import expert_outputs
 from .gate import choose
+from .grids import Place
 
 MERGE_ERROR = (
     "Conv-LoRA cannot be merged: its update goes through a GELU, mixes neighbouring tokens and picks another expert for "
@@ -78,6 +79,8 @@ class ConvLoraLayer(PluginLayer):
         self.num_prefix_tokens: dict[str, int] = {}
         self.convlora_dropout = nn.ModuleDict({})
         self.last_forward = _LastForward()
+        # what the tuner knows of the input
+        self.place = Place()
 
     def update_layer(self, adapter_name: str, config: ConvLoraConfig, name: str = "") -> None:
         """Add the parameters of the adapter `adapter_name`.
@@ -221,27 +224,40 @@ class ConvLoraLinear(nn.Module, ConvLoraLayer):
 
     def _grid_of(self, adapter_name: str, x: torch.Tensor) -> tuple[int, int, int]:
         """Number of prefix tokens, height and width of the grid in an input (..., H, W, d) or (B', N, d)."""
+        asked, prefix = self.grid_size[adapter_name], self.num_prefix_tokens[adapter_name]
         if x.ndim > 3:
+            self._check_own_grid(x, asked)
             return 0, x.shape[-3], x.shape[-2]
-        shape, prefix = tuple(x.shape), self.num_prefix_tokens[adapter_name]
         if x.ndim < 3:
             raise ValueError(
                 f"Conv-LoRA works on grids of tokens: expected an input (..., H, W, {self.in_features}) or (B, N, "
-                f"{self.in_features}), got {shape}. Layers without a grid can be left out with exclude_modules."
+                f"{self.in_features}), got {tuple(x.shape)}. Layers without a grid can be left out with exclude_modules."
             )
-        number = shape[1] - prefix
-        if self.grid_size[adapter_name] is not None:
-            height, width = self.grid_size[adapter_name]
-        else:
-            height = width = math.isqrt(max(number, 0))
+        number = x.shape[1] - prefix
+        known = asked or self.place.grid
+        height, width = known or [math.isqrt(max(number, 0))] * 2
         if height * width != number or number < 1:
-            given = "" if self.grid_size[adapter_name] is None else f"grid_size={self.grid_size[adapter_name]}, "
+            given = f"grid_size={asked}, " if asked else f"the model's is {height} x {width}, " if known else ""
             raise ValueError(
-                f"An input (B, N, C) of {shape} has {shape[1]} tokens, {prefix} of them prefix tokens: the other {number} "
-                f"are no {'grid' if given else 'square grid'} ({given}num_prefix_tokens={prefix}). Set grid_size and "
-                "num_prefix_tokens in ConvLoraConfig."
+                f"An input (B, N, C) of {tuple(x.shape)} has {x.shape[1]} tokens, {prefix} of them prefix tokens: the other "
+                f"{number} are no {'grid' if asked or height != width else 'square grid'} ({given}num_prefix_tokens="
+                f"{prefix}). Set grid_size and num_prefix_tokens in ConvLoraConfig."
+            )
+        if known is None and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"Conv-LoRA takes the {number} tokens of an input (B, N, C) for a square grid, {height} x {width}. Say "
+                "which grid it is with grid_size in ConvLoraConfig.",
+                stacklevel=2,
             )
         return prefix, height, width
+
+    def _check_own_grid(self, x: torch.Tensor, asked: tuple[int, int] | None) -> None:
+        """Refuse a leading dimension as height where the layer's input is not known to be (..., H, W, d)."""
+        if self.place.model_type is not None and not self.place.is_grid and tuple(x.shape[-3:-1]) != asked:
+            raise ValueError(
+                f"An input of {tuple(x.shape)} is no (..., H, W, C) with the grid_size={asked} of ConvLoraConfig, and in a "
+                f"'{self.place.model_type}' nothing else says that it is a grid. Leave the layer out of target_modules."
+            )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible: raises NotImplementedError that says why, and what to do instead."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from ..tuner.model import PluginTuner
+from .config import ConvLoraConfig
+from .grids import check_place, place_of
 from .layer import MERGE_ERROR, ConvLoraLayer, ConvLoraLinear
 
 
@@ -45,6 +49,26 @@ class ConvLoraModel(PluginTuner):
     prefix: str = "convlora_"
     tuner_layer_cls = ConvLoraLayer
     linear_layer_cls = ConvLoraLinear
+
+    def _prepare_model(self, peft_config: ConvLoraConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if peft_config.grid_size is None:
+            for name in self._targets(peft_config, model):
+                check_place(place_of(model, name), name)
+
+    def _targets(self, peft_config: ConvLoraConfig, model: nn.Module) -> list[str]:
+        """The names of the modules that are about to be adapted."""
+        if str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            peft_config = replace(peft_config, target_modules=linear)
+        return [name for name, _ in model.named_modules() if self._check_target_module_exists(peft_config, name)]
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT, after the check that the inputs of all targets are grids; see `check_place`."""
+        super().inject_adapter(model, *args, **kwargs)
+        for name, layer in model.named_modules():
+            if isinstance(layer, ConvLoraLayer):
+                layer.place = place_of(model, name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Not possible: raises NotImplementedError that says why, and what to do instead."""

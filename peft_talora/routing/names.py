@@ -28,13 +28,16 @@ def validate_task_names(names: Iterable[str]) -> tuple[str, ...]:
     """
     if isinstance(names, str):
         raise ValueError(f"expected a list of task names, got the string {names!r}")
-    names = tuple(names)
+    if not isinstance(names, Iterable):
+        raise ValueError(f"expected a list of task names, got {names!r}")
+    names, known = tuple(names), set()
     if not names:
         raise ValueError("expected at least one task name, got none")
-    for position, name in enumerate(names):
+    for name in names:
         _check_name(name)
-        if name in names[:position]:
+        if name in known:
             raise ValueError(f"task names must be unique, {name!r} occurs more than once in {list(names)}")
+        known.add(name)
     return names
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..registration import add_peft_type
 from ..routing.names import validate_task_names
-from ..tuner.config import TargetsConfig, check_positive_int, check_probability
+from ..saving.tensors import Shape, check_sizes
+from ..tuner.config import TargetsConfig, check_number, check_positive_int, check_probability
 
 INIT_WEIGHTS = (True, False, "split", "lora", "orthogonal", "normalized")
 
@@ -24,7 +28,9 @@ class TALoraConfig(TargetsConfig):
         r (`int`): The rank of the input and the output factor, where `r_in` and `r_out` do not say otherwise.
         r_in (`int`, *optional*): The rank p of the input factor U1.
         r_out (`int`, *optional*): The rank q of the output factor U2.
-        r_task (`int`): The rank v of the task factor U3.
+        r_task (`int`):
+            The rank v of the task factor U3. With `init_weights="split"` set it to the number of tasks, where there are
+            more than four.
         scaling (`float`): The constant s that the update is multiplied with (not alpha / r).
         talora_dropout (`float`): Dropout probability of the adapter's input.
         enable_qkv (`list[bool]`, *optional*):
@@ -40,6 +46,9 @@ class TALoraConfig(TargetsConfig):
             weight as much as in LoRA of the same rank and scaling. `False` leaves nothing zero (for tests).
         ortho_reg_weight (`float`):
             Weight of the orthogonality regulariser (MTSAM), see [`auxiliary_loss`]. 0 switches it off.
+        active_task (`str`, *optional*):
+            The task that is active when the adapter is made or loaded; the first one when None. An adapter is saved with
+            the task that is active then.
         target_modules (`list[str]` or `str`, *optional*):
             Names of the modules to adapt, or a regular expression. The fused `qkv` of the vision encoder for SAM
             models when None.
@@ -91,33 +100,68 @@ class TALoraConfig(TargetsConfig):
     ortho_reg_weight: float = field(
         default=0.0, metadata={"help": "Weight of the orthogonality regulariser; 0 switches it off."}
     )
+    active_task: str | None = field(
+        default=None,
+        metadata={"help": "The task that is active when the adapter is made or loaded; the first when None."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("TALORA")
         if self.tasks is not None:
             self.tasks = list(validate_task_names(self.tasks))
+            self.check_active_task()
         for name in ("r", "r_task"):
             check_positive_int(name, getattr(self, name))
         for name in ("r_in", "r_out"):
             if getattr(self, name) is not None:
                 check_positive_int(name, getattr(self, name))
         check_probability("talora_dropout", self.talora_dropout)
+        for name in ("scaling", "ortho_reg_weight"):
+            check_number(name, getattr(self, name))
         if self.ortho_reg_weight < 0:
             raise ValueError(f"`ortho_reg_weight` must not be negative, got {self.ortho_reg_weight}.")
         if not isinstance(self.init_weights, bool | str) or self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"`init_weights` must be one of {INIT_WEIGHTS}, got {self.init_weights!r}.")
         self._check_enable_qkv()
 
+    def check_active_task(self) -> None:
+        """Raise ValueError unless `active_task` is one of `tasks`."""
+        if self.active_task is not None and self.active_task not in self.tasks:
+            raise ValueError(f"`active_task` must be one of the tasks {self.tasks}, got {self.active_task!r}.")
+
+    def warn_of_shared_starts(self) -> None:
+        """Warn where tasks that were to start as LoRAs of their own share one."""
+        shares = min(self.r_task, self.rank_in, self.rank_out)
+        if self.init_weights == "split" and shares < len(self.tasks) and not self.settings_on_file:
+            warnings.warn(
+                f"With init_weights='split' the {len(self.tasks)} tasks share {shares} LoRAs at the start, so that "
+                f"'{self.tasks[0]}' and '{self.tasks[shares]}' start alike: set r_task (now {self.r_task}) and r to at least "
+                f"{len(self.tasks)} in TALoraConfig.",
+                stacklevel=2,
+            )
+
     def _check_enable_qkv(self) -> None:
         if self.enable_qkv is None:
             return
-        flags = list(self.enable_qkv)
+        flags = list(self.enable_qkv) if isinstance(self.enable_qkv, list | tuple) else []
         if len(flags) != 3 or not all(isinstance(flag, bool) for flag in flags):
             raise ValueError(f"`enable_qkv` must be three booleans (q, k, v) or None, got {self.enable_qkv!r}.")
         if not any(flags):
             raise ValueError("`enable_qkv` must enable at least one of q, k and v, got three times False.")
         self.enable_qkv = flags
+
+    def settings(self) -> dict[str, Any]:
+        """See [`TargetsConfig`]."""
+        enabled = None if self.enable_qkv is None or all(self.enable_qkv) else self.enable_qkv
+        return {"tasks": self.tasks, "enable_qkv": enabled, "scaling": self.scaling}
+
+    def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        """See [`TargetsConfig`]."""
+        ranks = (self.rank_in, self.rank_out, self.r_task)
+        check_sizes("r_in, r_out and r_task", ranks, shapes, "talora_G")
+        if self.tasks is not None:
+            check_sizes("the number of tasks and r_task", (len(self.tasks), self.r_task), shapes, "talora_U3")
 
     @property
     def rank_in(self) -> int:

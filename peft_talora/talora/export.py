@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[st
     """Convert one task to a LoRA that gives the same encoder output.
 
     For one task dW_t = s U2 M_t^T U1^T is a product of two thin matrices (methods of TA-LoRA, section 3.2): with p <= q
-    lora_A = U1^T and lora_B = s U2 M_t^T, else lora_A = s M_t^T U1^T and lora_B = U2; `lora_alpha` is the rank. Of an
-    mSAM the trained LayerNorms of the encoder come along as `modules_to_save`; its decoders do not fit a `SamModel`.
+    lora_A = U1^T and lora_B = s U2 M_t^T, else lora_A = s M_t^T U1^T and lora_B = U2; `lora_alpha` is the rank. What was
+    trained in full comes along as `modules_to_save`: of an mSAM the encoder's LayerNorms, since its decoders do not fit a
+    `SamModel`, of other models everything.
 
     Args:
         model: A PeftModel with an active TA-LoRA adapter, or a model with an injected one.
@@ -39,7 +41,9 @@ def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[st
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {name: module for name, module in base.named_modules() if isinstance(module, TALoraLinear)}
     adapter_name = _active_adapter(layers)
-    layers = {name: layer for name, layer in layers.items() if adapter_name in layer.talora_G}
+    layers = {
+        name: layer for name, layer in layers.items() if adapter_name in layer.talora_G and _fits_base(base, name)
+    }
     _check_image_size(base)
     state: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
@@ -47,15 +51,17 @@ def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[st
         state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = _lora_factors(
             layer, adapter_name, index
         )
-    norms = _trained_norms(base, adapter_name)
-    for name, norm in norms.items():
-        state |= {f"{PREFIX}{name}.{key}": value.detach().clone() for key, value in norm.state_dict().items()}
+    trained = _trained_in_full(base, adapter_name)
+    for name, module in trained.items():
+        state |= {f"{PREFIX}{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
     rank = min(min(layer.r_in[adapter_name], layer.r_out[adapter_name]) for layer in layers.values())
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=list(layers),
-        modules_to_save=list(norms) or None,
+        exclude_modules=_also_matched(base, layers) or None,
+        modules_to_save=list(trained) or None,
+        task_type=base.peft_config[adapter_name].task_type,
         base_model_name_or_path=getattr(base, "name_or_path", None) or None,
         inference_mode=True,
     )
@@ -100,15 +106,28 @@ def _lora_factors(layer: TALoraLinear, adapter_name: str, index: int) -> tuple[t
     return (U1 @ core).T.contiguous(), U2.clone()
 
 
-def _trained_norms(base: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """The encoder's norms that were trained in full, by their names in the model."""
+def _fits_base(base: nn.Module, name: str) -> bool:
+    """Whether the model that the LoRA is for has a module of this name: a SAM has no decoders of tasks."""
+    return not (is_msam(base) and name.startswith(("mask_decoders.", "no_mask_embeds.")))
+
+
+def _trained_in_full(base: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+    """The modules that were trained in full, by their names in the model."""
     return {
         name: module.modules_to_save[adapter_name]
         for name, module in base.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
-        and name.startswith("vision_encoder.")
         and adapter_name in module.modules_to_save
+        and _fits_base(base, name)
     }
+
+
+def _also_matched(base: nn.Module, names: Iterable[str]) -> list[str]:
+    """Linear layers that are not tuned, although PEFT takes one of these full names for the end of theirs."""
+    names = set(names)
+    ends = tuple(f".{name}" for name in names)
+    modules = base.named_modules()
+    return [n for n, module in modules if isinstance(module, nn.Linear) and n not in names and n.endswith(ends)]
 
 
 def _check_image_size(base: nn.Module) -> None:

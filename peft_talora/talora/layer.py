@@ -359,18 +359,32 @@ class TALoraLinear(nn.Module, TALoraLayer):
             safe_merge: Check the merged weight for NaN and infinity before it replaces the base weight.
             adapter_names: The adapters to merge; all active ones when None.
         """
+        if safe_merge:
+            self.check_merged_weight(adapter_names)
         tasks = self.tasks_to_merge(adapter_names)
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in tasks:
                 continue
             task = tasks[adapter_name]
             base_weight = self.get_base_weight()
-            merged = base_weight + self.get_delta_weight(adapter_name, task).to(base_weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
-            self.set_base_weight(merged)
+            self.set_base_weight(base_weight + self.get_delta_weight(adapter_name, task).to(base_weight.dtype))
             self.merged_adapters.append(adapter_name)
             self.merged_tasks[adapter_name] = task
+
+    def check_merged_weight(self, adapter_names: list[str] | None = None) -> None:
+        """Refuse to merge the adapters (all active ones when None) where NaN or infinity would come of it; nothing changes.
+
+        Raises:
+            ValueError: The message names the adapter.
+        """
+        merged = self.get_base_weight()
+        for adapter_name, task in self.tasks_to_merge(adapter_names).items():
+            if adapter_name not in self.merged_adapters:
+                merged = merged + self.get_delta_weight(adapter_name, task).to(merged.dtype)
+                if not torch.isfinite(merged).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+                    )
 
     def unmerge(self) -> None:
         """Take all merged updates out of the base weight."""

@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 from ..msam_adapter import is_msam
 from ..routing.hooks import add_task_hook, remove_task_hook
 from ..routing.mixed_batch import check_adapter_names, route_adapters, saved_modules_use
-from ..routing.router import TaskRequest, TaskRouter, find_routers, set_task, use_task
+from ..routing.router import TaskRequest, TaskRouter, find_routers, set_task, task_index, use_task
+from ..routing.signature import hide_task_ids, show_task_ids
 from ..tuner.model import PluginTuner
 from .config import TALoraConfig
 from .layer import TALoraLayer, TALoraLinear
@@ -70,6 +72,22 @@ class TALoraModel(PluginTuner):
                 f"TALoraConfig.tasks is required for a {type(model).__name__}: the ordered names of the tasks, for "
                 'instance TALoraConfig(tasks=["depth", "normals"]). Only an MSamForMultiTask brings its own.'
             )
+        peft_config.check_active_task()
+        peft_config.warn_of_shared_starts()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; then make the configuration's task the active one."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        self.task_router.active[adapter_name] = task_index(config.active_task or 0, config.tasks)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: Any, config: Any, adapter_name: str, **kwargs: Any) -> dict[str, Any]:
+        # PEFT and transformers save the configuration after the weights
+        for router in find_routers(model):
+            task = router.active.get(adapter_name, 0)
+            config.active_task = config.tasks[task] if task else None
+        return super()._get_adapter_state_dict(model, config, adapter_name, **kwargs)
 
     def _layer_kwargs(self) -> dict[str, Any]:
         return {"task_router": self.task_router}
@@ -77,19 +95,39 @@ class TALoraModel(PluginTuner):
     def _add_hooks(self) -> None:
         super()._add_hooks()
         add_task_hook(self.model, self.task_router)
+        show_task_ids(self.model)
 
     def _remove_hooks(self) -> None:
         super()._remove_hooks()
         remove_task_hook(self.model)
+        hide_task_ids(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; with `safe_merge` all layers are checked before the first one is changed."""
+        if safe_merge:
+            self._check_merged_weights(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge=False)
+
+    def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, TALoraLayer):
+                with onload_layer(layer):
+                    layer.check_merged_weight(adapter_names)
 
     def _unload_and_optionally_merge(
-        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> nn.Module:
         # before anything is changed: a refusal must not leave half a model
         tasks = self._tasks_once_merged(adapter_names) if merge else []
         if is_msam(self.model) and len(tasks) > 1:
             raise ValueError(f"Only one task can be merged, but the adapters have the tasks {tasks}.")
-        model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        if merge and safe_merge:
+            self._check_merged_weights(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         if is_msam(model) and tasks:
             # merged weights are those of one task; what belongs to the others would give wrong results with them
             model.keep_tasks(tasks)

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
 
 from ..saving.directory import finish_pending
-from ..saving.seal import check_seal, seal
+from ..saving.seal import CONFIG_FILE, WEIGHTS_FILE, check_format, seal
+from ..saving.tensors import Shape, read_shapes
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite int or float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a finite number."""
+    if not is_number(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
 
 
 def check_positive_int(name: str, value: Any) -> None:
@@ -21,8 +37,22 @@ def check_positive_int(name: str, value: Any) -> None:
 
 def check_probability(name: str, value: Any) -> None:
     """Raise ValueError unless 0 <= `value` < 1."""
-    if not 0.0 <= value < 1.0:
+    if not is_number(value) or not 0.0 <= value < 1.0:
         raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def check_pattern(name: str, value: str) -> None:
+    """Raise ValueError unless `value` is a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"`{name}` must be names or a regular expression, got {value!r}: {error}.") from error
 
 
 @dataclass
@@ -36,7 +66,7 @@ class TargetsConfig(PeftConfig):
         layers_pattern: The name of the layers' list, used only with layers_to_transform.
         modules_to_save: Further modules that are trained in full and saved.
         msam: What an `MSamForMultiTask` needs to be built again from its SAM.
-        saved_by (`dict`, *optional*): Of a file alone: format and checksums. Filled when the adapter is saved.
+        saved_by (`dict`, *optional*): Of a file alone: format, settings, checksum. Filled when the adapter is saved.
         task_type, inference_mode, base_model_name_or_path, revision, peft_type, peft_version, auto_mapping:
             PEFT's own, see `peft.PeftConfig`; PEFT fills all of them.
 
@@ -67,11 +97,14 @@ class TargetsConfig(PeftConfig):
     )
 
     saved_by: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Of a file alone: format and checksums, written by save_pretrained."}
+        default=None, metadata={"help": "Of a file alone: format, settings, checksum; written by save_pretrained."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        settings = self.saved_by.get("settings") if isinstance(self.saved_by, dict) else None
+        # no field: it belongs to the file that this configuration was read from
+        self.settings_on_file: dict[str, Any] = settings if isinstance(settings, dict) else {}
         self.saved_by = None
         self._normalise_targets()
 
@@ -80,6 +113,8 @@ class TargetsConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+            elif isinstance(getattr(self, name), str):
+                check_pattern(name, getattr(self, name))
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -87,19 +122,42 @@ class TargetsConfig(PeftConfig):
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
+    def settings(self) -> dict[str, Any]:
+        """What an adapter's tensors mean beyond their shapes; weights that were saved with others are refused."""
+        return {}
+
+    def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        """Compare the sizes in this configuration with saved tensors, before anything of these sizes is made.
+
+        Args:
+            shapes: The shapes of all saved tensors.
+
+        Raises:
+            ValueError: The message names both sizes.
+        """
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as PEFT does, with the format and a checksum."""
+        """Save as PEFT does, with the format and the settings."""
         super().save_pretrained(save_directory, **kwargs)
-        seal(Path(save_directory) / CONFIG_NAME)
+        seal(Path(save_directory) / CONFIG_FILE, settings=self.settings())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read as PEFT does; a configuration in a directory must fit the weights beside it.
+
+        Raises:
+            ValueError: The weights are damaged or do not fit, or a newer version saved the adapter. The message names the file.
+        """
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        finish_pending(directory)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, TargetsConfig) and (directory / WEIGHTS_FILE).is_file():
+            config.check_shapes(read_shapes(directory))
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read what PEFT is about to load, after the check that it is as it was saved.
-
-        Raises:
-            ValueError: The file, or the weights beside it, was damaged or changed, or a newer version saved it.
-        """
-        path = Path(path_json_file)
-        finish_pending(path.parent)
-        check_seal(path)
-        return super().from_json_file(path_json_file, **kwargs)
+        """Read what PEFT is about to load, unless a newer version saved it."""
+        values = super().from_json_file(path_json_file, **kwargs)
+        check_format(values, Path(path_json_file))
+        return values

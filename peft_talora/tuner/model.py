@@ -11,7 +11,8 @@ from torch import nn
 
 from ..msam_adapter import prepare_for_msam
 from ..routing.checkpointing import add_checkpoint_hooks, remove_checkpoint_hooks
-from ..saving.tensors import check_adapter_state
+from ..saving.settings import check_settings, split_settings, with_settings
+from ..saving.tensors import check_adapter_state, without_unsaved
 
 # the fused q/k/v projection of the vision encoder; a list, since a regular expression would rule out
 # `layers_to_transform`
@@ -37,10 +38,18 @@ class PluginTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
+        state_dict, settings = split_settings(without_unsaved(model, adapter_name, state_dict))
+        check_settings(settings, config.settings(), config.settings_on_file)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # PEFT only warns of missing tensors, which then keep the values they were drawn with
         check_adapter_state(model, adapter_name, cls.prefix, state_dict)
         return state_dict
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: Any, config: Any, adapter_name: str, **kwargs: Any) -> dict[str, Any]:
+        state = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
+        parameter = cls.tuner_layer_cls.adapter_layer_names[-1]
+        return with_settings(state, config.settings(), f"{parameter}.{adapter_name}")
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         prepare_for_msam(peft_config, model)

@@ -289,6 +289,18 @@ class TestPrecision:
         assert auxiliary_loss(model).dtype == torch.float32
         assert all(p.grad.isfinite().all() for p in (x, *parameters_of(layer)))
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_the_gate_s_mean_is_not_rounded(self, dtype):
+        model, layer = tuned_linear(dtype=dtype, num_experts=4)
+        A, *_, gate, _ = parameters_of(layer)
+        x = tokens(20000, 2, 3, 10, dtype=dtype)
+        model.eval()(x)
+        z = torch.nn.functional.linear(x, A)
+        index = (z.float().mean((1, 2)) @ gate.float()).argmax(1)
+        assert torch.equal(layer.last_forward.choices["default"][0], index)
+        # a mean of the tokens' own type would choose other experts
+        assert not torch.equal((z.mean((1, 2)).float() @ gate.float()).argmax(1), index)
+
     def test_large_tokens_in_half_precision(self):
         # the released code goes through exp, which overflows in half precision beyond 11
         model, _ = tuned_linear(dtype=torch.float16, init_weights=True)

@@ -5,36 +5,40 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec
-from peft_talora.saving.tensors import TensorKind, adapter_tensors, check_weights, saved_tensors
+from peft_talora.saving.settings import split_settings
+from peft_talora.saving.tensors import (
+    TensorKind,
+    adapter_tensors,
+    check_sizes,
+    check_tensors,
+    parse_tensors,
+    try_to_load,
+    weightless_twin,
+)
 
-EXPECTED = {"a": TensorKind((2, 3), True), "count": TensorKind((), False)}
+EXPECTED = {"a": TensorKind((2, 3), True), "count": TensorKind((), False), "old": TensorKind((1,), True, False)}
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "weights.safetensors"
+def tensors(**changes):
+    values = {"a": torch.ones(2, 3), "count": torch.tensor(4), **changes}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def save(path, **changes):
-    tensors = {"a": torch.ones(2, 3), "count": torch.tensor(4), **changes}
-    save_file({name: value for name, value in tensors.items() if value is not None}, path)
-
-
-class TestCheckWeights:
+class TestCheckTensors:
     @pytest.mark.parametrize(
         "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
     )
-    def test_what_fits(self, path, dtype):
-        save(path, a=torch.ones(2, 3).to(dtype))
-        assert saved_tensors(path) == EXPECTED
-        check_weights(path, EXPECTED)
+    def test_what_fits(self, dtype):
+        check_tensors("weights", tensors(a=torch.ones(2, 3).to(dtype)), EXPECTED)
 
-    def test_large_numbers_of_double_precision_are_finite(self, path):
-        save(path, a=torch.full((2, 3), 1e300, dtype=torch.float64))
-        check_weights(path, EXPECTED)
+    def test_what_need_not_be_there(self):
+        check_tensors("weights", tensors(old=torch.ones(1)), EXPECTED)
+
+    def test_large_numbers_of_double_precision_are_finite(self):
+        check_tensors("weights", tensors(a=torch.full((2, 3), 1e300, dtype=torch.float64)), EXPECTED)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -43,6 +47,7 @@ class TestCheckWeights:
             ({"a": None, "count": None}, r"the tensor 'a' \(and 1 more\) is missing"),
             ({"b": torch.ones(1)}, "the tensor 'b' does not belong to the model"),
             ({"a": torch.ones(3, 2)}, r"'a' has another shape than in the model: \(3, 2\), expected \(2, 3\)"),
+            ({"old": torch.ones(2)}, r"'old' has another shape than in the model: \(2,\), expected \(1,\)"),
             ({"a": torch.ones(2, 3, dtype=torch.int32)}, "'a' has another type of numbers"),
             ({"count": torch.tensor(4.0)}, "'count' has another type of numbers"),
             ({"a": torch.tensor([[0.0, 1, 2], [3, float("nan"), 5]])}, "'a' is not finite"),
@@ -50,30 +55,51 @@ class TestCheckWeights:
             ({"a": torch.full((2, 3), float("nan")).to(torch.float8_e4m3fn)}, "'a' is not finite"),
         ],
     )
-    def test_what_does_not(self, path, changes, message):
-        save(path, **changes)
-        with pytest.raises(
-            ValueError, match=rf"weights\.safetensors: the tensor .*{message.removeprefix('the tensor ')}"
-        ):
-            check_weights(path, EXPECTED)
-
-    def test_a_damaged_file(self, path):
-        save(path)
-        path.write_bytes(path.read_bytes()[:-1])
-        for check in (saved_tensors, lambda path: check_weights(path, EXPECTED)):
-            with pytest.raises(ValueError, match=r"weights\.safetensors is damaged"):
-                check(path)
+    def test_what_does_not(self, changes, message):
+        with pytest.raises(ValueError, match=rf"weights: the tensor .*{message.removeprefix('the tensor ')}"):
+            check_tensors("weights", tensors(**changes), EXPECTED)
 
 
-def test_adapter_tensors_are_those_that_peft_saves(sam):
-    msam = MSamForMultiTask.from_sam(sam, {"b": TaskSpec("depth"), "a": TaskSpec("semantic", num_channels=2)})
-    config = TALoraConfig(r=3, r_task=2)
-    names = [name for name, _ in msam.named_parameters()]
-    found = adapter_tensors(msam, config)
-    assert config == TALoraConfig(r=3, r_task=2) and [name for name, _ in msam.named_parameters()] == names
-    state = get_peft_model_state_dict(get_peft_model(msam, config))
-    assert found == {name: TensorKind(tuple(value.shape), True) for name, value in state.items()}
-    assert len(found) > 100
+def test_a_damaged_file(tmp_path):
+    content = save(tensors())
+    assert parse_tensors(content, tmp_path)["a"].tolist() == [[1.0] * 3] * 2
+    for damaged in (content[:-1], b"", content[:20], b"{}" + content):
+        with pytest.raises(ValueError, match=rf"{tmp_path} is damaged"):
+            parse_tensors(damaged, tmp_path)
+
+
+def test_sizes_of_a_configuration():
+    shapes = {"x.talora_G": (2, 3, 4), "y.talora_G": (2, 3, 5), "talora_U1": (7, 2)}
+    with pytest.raises(
+        ValueError, match=r"'y.talora_G' has another shape .*\(2, 3, 5\), expected \(2, 3, 4\) of ranks"
+    ):
+        check_sizes("ranks", (2, 3, 4), shapes, "talora_G")
+    with pytest.raises(ValueError, match="none of the 3 tensors is a talora_U3"):
+        check_sizes("ranks", (2, 4), shapes, "talora_U3")
+
+
+class TestTwin:
+    @pytest.fixture
+    def msam(self, sam):
+        return MSamForMultiTask.from_sam(sam, {"b": TaskSpec("depth"), "a": TaskSpec("semantic", num_channels=2)})
+
+    def test_its_tensors_are_those_that_peft_saves(self, msam):
+        config = TALoraConfig(r=3, r_task=2)
+        names = [name for name, _ in msam.named_parameters()]
+        twin = weightless_twin(msam, config)
+        found = {name: kind for name, kind in adapter_tensors(twin).items() if kind.required}
+        assert config == TALoraConfig(r=3, r_task=2) and [name for name, _ in msam.named_parameters()] == names
+        assert all(parameter.device.type == "meta" for parameter in twin.parameters())
+        state, _ = split_settings(get_peft_model_state_dict(get_peft_model(msam, config)))
+        assert found == {name: TensorKind(tuple(value.shape), True) for name, value in state.items()}
+        assert len(found) > 100
+
+    def test_peft_s_own_trouble_is_seen(self, msam):
+        # "layer_norm1" is in the decoder, too, which is saved in full: PEFT does not find it again
+        config = TALoraConfig(r=2, modules_to_save=["mask_decoders.b", "layer_norm1"])
+        state = get_peft_model_state_dict(get_peft_model(msam, copy.deepcopy(config)))
+        with pytest.raises(KeyError):
+            try_to_load(weightless_twin(msam, config), state)
 
 
 class TestCheckAdapterState:

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from small_models import move_saved_modules
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec
 from peft_talora.export import save_task_as_lora, task_to_lora
@@ -68,6 +69,58 @@ assert "peft_talora" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
+
+
+def masks(model, pixels, points):
+    with torch.no_grad():
+        return model(pixel_values=pixels, input_points=points, multimask_output=False).pred_masks
+
+
+@pytest.mark.parametrize("saved", [["mask_decoder"], ["layers.0.layer_norm1", "neck", "prompt_encoder"]])
+def test_everything_that_was_trained_in_full_comes_along(sam_factory, tmp_path, saved):
+    model = move_saved_modules(tuned(sam_factory().double(), modules_to_save=saved))
+    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    points = 32 * torch.rand(2, 1, 2, 2, dtype=torch.float64)
+    base = masks(sam_factory().double(), pixels, points)
+    model.set_task("b")
+    save_task_as_lora(model, "b", tmp_path)
+    plain = PeftModel.from_pretrained(sam_factory().double(), tmp_path, autocast_adapter_dtype=False)
+    expected = masks(model, pixels, points)
+    torch.testing.assert_close(masks(plain, pixels, points), expected, rtol=0, atol=1e-9)
+    assert (expected - base).abs().max() > 1e-3
+    # neither model's own modules were changed
+    for changed in (model, plain):
+        with changed.disable_adapter():
+            torch.testing.assert_close(masks(changed, pixels, points), base, rtol=0, atol=1e-9)
+
+
+def test_of_an_msam_the_sam_s_norms_are_left_alone(sam_factory, tmp_path):
+    msam = MSamForMultiTask.from_sam(sam_factory(), TASKS)
+    targets = ["qkv", "mask_decoders.edges.transformer.layers.0.mlp.lin1"]
+    norms = [f"vision_encoder.layers.{index}.layer_norm1" for index in range(3)]
+    config = TALoraConfig(r=4, init_weights=False, target_modules=targets, modules_to_save=norms)
+    model = move_saved_modules(get_peft_model(msam, config)).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    save_task_as_lora(model, "edges", tmp_path)
+    plain = PeftModel.from_pretrained(sam_factory(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(embed(plain, pixels), msam.encode(pixels, ["edges"])["edges"], rtol=0, atol=1e-5)
+        with plain.disable_adapter():
+            torch.testing.assert_close(embed(plain, pixels), embed(sam_factory(), pixels), rtol=0, atol=1e-6)
+    assert all("mask_decoders" not in name for name in plain.peft_config["default"].target_modules)
+
+
+def test_a_name_that_is_the_end_of_another(tmp_path):
+    """PEFT would tune the longer one, too."""
+    torch.manual_seed(0)
+    inner = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    base = torch.nn.ModuleDict({"0": torch.nn.Linear(4, 4), "inner": inner})
+    model = get_peft_model(base, TALoraConfig(tasks=["a"], r=2, target_modules=["0"], exclude_modules=["inner.0"]))
+    save_task_as_lora(model, "a", tmp_path)
+    plain = PeftModel.from_pretrained(torch.nn.ModuleDict({"0": torch.nn.Linear(4, 4), "inner": inner}), tmp_path)
+    assert [name for name, _ in plain.named_modules() if name.endswith("base_layer")] == [
+        "base_model.model.0.base_layer"
+    ]
 
 
 def test_injected_adapters_too(sam_factory):

@@ -198,6 +198,26 @@ class TestMerge:
             model.merge_adapter(safe_merge=True)
         assert torch.equal(layer.get_base_layer().weight, before) and not layer.merged
 
+    @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+    def test_safe_merge_leaves_the_layers_before_the_broken_one(self, merge):
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).double()
+        config = TALoraConfig(tasks=["a", "b"], r=2, target_modules=["0", "1", "2"], init_weights=False)
+        model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        x = torch.randn(2, 4, dtype=torch.float64)
+        before, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+        expected = model(x)
+        model.base_model.model[2].talora_U3["default"].data[0, 0] = float("inf")
+        with pytest.raises(ValueError, match="NaNs detected"):
+            getattr(model, merge)(safe_merge=True)
+        assert [name for name, _ in model.named_modules()] == names
+        model.base_model.model[2].talora_U3["default"].data[0, 0] = before["base_model.model.2.talora_U3.default"][
+            0, 0
+        ]
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert torch.equal(model(x), expected)
+        model.set_task("b")  # nothing is merged
+        model(x)
+
     def test_merge_and_unload_returns_plain_linear(self):
         model, _ = tuned_linear()
         x = torch.randn(2, 10, dtype=torch.float64)

@@ -199,7 +199,8 @@ class TestFiles:
     def test_state_dict_keys(self, sam):
         model = tuned(sam)
         state = get_peft_model_state_dict(model)
-        assert set(state) == {
+        # one entry holds no number: see saving/test_settings.py
+        assert {name for name, value in state.items() if value.numel()} == {
             f"base_model.model.vision_encoder.layers.{i}.attn.qkv.talora_{factor}"
             for i in range(3)
             for factor in FACTORS
