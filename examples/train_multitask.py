@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object, send_to_device, set_seed
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -156,15 +158,25 @@ def load_data(args: argparse.Namespace, image_size: int):
     else:
         splits = load_multitask_dataset(args.dataset)
         tasks = detect_tasks(splits, args.tasks)
-    choices = ("test", "validation", "val") if args.evaluate_on == "test" else ("validation", "val")
-    test = next((splits[name] for name in choices if name in splits), None)
-    if test is None:
-        print(f"The dataset has no {args.evaluate_on} split: the evaluation is on the images it is trained on.")
-        test = splits["train"]
+    weigh(tasks)
+    return splits["train"], choose_split(splits, args.evaluate_on), tasks
+
+
+def choose_split(splits, wanted: str):
+    """The rows to evaluate on: those of the test split never stand in for validation."""
+    choices = ("test", "validation", "val") if wanted == "test" else ("validation", "val")
+    found = next((splits[name] for name in choices if name in splits), None)
+    if found is None:
+        print(f"The dataset has no {wanted} split: the evaluation is on the images it is trained on.")
+        return splits["train"]
+    return found
+
+
+def weigh(tasks) -> None:
+    """Give the tasks weights that sum to 1, in the recipe's proportions."""
     total = sum(TASK_WEIGHTS.get(name, 1.0) for name in tasks)
     for name, spec in tasks.items():
         spec.weight = TASK_WEIGHTS.get(name, 1.0) / total
-    return splits["train"], test, tasks
 
 
 class OneTaskEach(MultiTaskDataset):
@@ -249,18 +261,22 @@ def make_optimizer(model, args: argparse.Namespace, method: str) -> torch.optim.
 
     In prompt mode all channels of a task start alike, and only their embeddings tell them apart: those have to move first.
     """
-    adapter_lr = ADAPTER_LR[method] if args.lr is None else args.lr
-    rates = {
-        "mask_decoders.": (args.decoder_lr, WARMUP),
-        "no_mask_embeds.": (args.embedding_lr, WARMUP),
-        ".layer_norm": (args.norm_lr, ENCODER_WARMUP),
-        "vision_encoder.": (adapter_lr, ENCODER_WARMUP),
-    }
-    groups = {part: {"params": [], "lr": rate, "warmup": warmup} for part, (rate, warmup) in rates.items()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[next(part for part in rates if part in name)]["params"].append(parameter)
-    return torch.optim.AdamW([g for g in groups.values() if g["params"]], weight_decay=args.weight_decay)
+    msam = model.get_base_model()
+    norms = [module for module in msam.vision_encoder.modules() if isinstance(module, nn.LayerNorm)]
+    groups = [
+        (msam.mask_decoders.parameters(), args.decoder_lr, WARMUP),
+        (msam.no_mask_embeds.parameters(), args.embedding_lr, WARMUP),
+        (chain.from_iterable(norm.parameters() for norm in norms), args.norm_lr, ENCODER_WARMUP),
+        # what is left: the adapter's own
+        (model.parameters(), ADAPTER_LR[method] if args.lr is None else args.lr, ENCODER_WARMUP),
+    ]
+    left = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    found = []
+    for parameters, lr, warmup in groups:
+        own = [parameter for parameter in parameters if parameter in left]
+        left.difference_update(own)
+        found.append({"params": own, "lr": lr, "warmup": warmup})
+    return torch.optim.AdamW([group for group in found if group["params"]], weight_decay=args.weight_decay)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, total: int) -> LambdaLR:
@@ -324,6 +340,15 @@ def backward_sequential(accelerator: Accelerator, model, batch) -> dict[str, flo
     return losses
 
 
+def update(accelerator: Accelerator, model, optimizer, scheduler) -> None:
+    """A step with the gradients that are there, of norm 1 at most; while they are accumulated, accelerate skips it."""
+    if accelerator.sync_gradients:
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+
+
 def train(
     accelerator: Accelerator,
     args: argparse.Namespace,
@@ -370,11 +395,7 @@ def train(
     while step < args.steps:
         with accelerator.accumulate(model):
             losses = backward(accelerator, model, next(batches))
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+            update(accelerator, model, optimizer, scheduler)
         if not accelerator.sync_gradients:
             continue
         step += 1
@@ -388,7 +409,6 @@ def train(
             accelerator.log({f"{method}/{t}/{m}": v for t, r in results.items() for m, v in r.items() if v is not None},
                             step=step)  # fmt: skip
             accelerator.print("\n" + table({f"step {step}": results}))
-            model.train()
         if step == args.steps or (args.checkpoint_every and step % args.checkpoint_every == 0):
             # the state of every process, written by one
             state = {
@@ -483,10 +503,12 @@ def write_json(path: Path, values: dict) -> None:
 @torch.inference_mode()
 def evaluate(accelerator: Accelerator, model, loader: DataLoader, tasks) -> dict[str, dict[str, float | None]]:
     """{task: {metric: value}} over all test images of all processes; None where nothing is labelled."""
+    was_training = model.training
     model.eval()
     metrics = MultiTaskMetrics(tasks).to(accelerator.device)
     for batch in tqdm(loader, desc="evaluation", leave=False, disable=not accelerator.is_local_main_process):
         metrics.update(model(pixel_values=batch["pixel_values"]).logits, batch["labels"])
+    model.train(was_training)
     return metrics.compute()
 
 
@@ -510,6 +532,18 @@ def read_baseline(path: str) -> dict[str, dict[str, float | None]]:
         raise ValueError(f"--baseline {path} is no metrics.json of this script: {error!r}") from error
 
 
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        # every step has the same number of batches, also where an epoch ends
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.grad_accumulation, sync_with_dataloader=False),
+        # padding the last batch would count its images twice in the metrics
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+    )
+
+
 def set_threads(accelerator: Accelerator, number: int | None) -> None:
     """accelerate launch leaves a process one CPU thread unless it is told `--cpu`: give it its share of the cores."""
     if number is None and "ACCELERATE_MIXED_PRECISION" in os.environ and accelerator.device.type == "cpu":
@@ -520,15 +554,7 @@ def set_threads(accelerator: Accelerator, number: int | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        # every step has the same number of batches, also where an epoch ends
-        gradient_accumulation_plugin=GradientAccumulationPlugin(args.grad_accumulation, sync_with_dataloader=False),
-        # padding the last batch would count its images twice in the metrics
-        dataloader_config=DataLoaderConfiguration(even_batches=False),
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=args.output_dir,
-    )
+    accelerator = make_accelerator(args)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise NotImplementedError(
             f"{accelerator.distributed_type.value} splits the weights over the processes, and this script saves whole ones: "

@@ -5,7 +5,11 @@ The losses of a pixel, and which pixels of a label map count, are those of the t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +19,7 @@ from .kinds.classes import cross_entropy, labelled_classes
 from .kinds.depth import labelled_depth
 from .kinds.normals import cosine_distance, labelled_normals
 from .kinds.regression import absolute_error, labelled_values
+from .routing.router import resolve_task
 
 __all__ = [
     "absolute_error",
@@ -26,6 +31,7 @@ __all__ = [
     "labelled_classes",
     "labelled_depth",
     "labelled_normals",
+    "labelled_per_forward",
     "labelled_values",
     "mean_over_images",
     "resize_logits",
@@ -42,19 +48,71 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def mean_over_images(pixels: Tensor, labelled: Tensor) -> Tensor:
+def mean_over_images(pixels: Tensor, labelled: Tensor, num_labelled: float | Tensor | None = None) -> Tensor:
     """Mean over the labelled images of the mean over their labelled pixels; 0 where nothing is labelled.
 
     Args:
         pixels: One value per pixel, (B, H, W).
         labelled: Which of them count, bool (B, H, W).
+        num_labelled: What the sum over the images is divided by; how many of them are labelled when None.
     """
     counts = labelled.sum(dim=(1, 2))
     images = torch.where(labelled, pixels, 0).sum(dim=(1, 2)) / counts.clamp(min=1)
-    return images.sum() / (counts > 0).sum().clamp(min=1)
+    if num_labelled is None:
+        return images.sum() / (counts > 0).sum().clamp(min=1)
+    divisor = torch.as_tensor(num_labelled, device=images.device, dtype=images.dtype)
+    return images.sum() / divisor.clamp(min=torch.finfo(images.dtype).tiny)
 
 
-def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
+def labelled_per_forward(specs: Mapping[str, TaskSpec], forwards: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """How many labelled images a task has on average in the forwards of one optimiser step, over all processes.
+
+    That is N_t / F for the N_t labelled images of task t in F forwards: those of this process, which accumulate gradients,
+    and as many of every other process of `torch.distributed`, where it is running (one small all-reduce). As `num_labelled`
+    of all of these forwards it makes the mean of their gradients that of one forward of all their images. (Without it a
+    labelled image counts more where its forward has few of them.)
+
+        for step in steps:
+            batches = [next(loader) for _ in range(accumulation)]
+            num_labelled = labelled_per_forward(msam.task_specs, batches)
+            for batch in batches:
+                (model(**batch, num_labelled=num_labelled).loss / accumulation).backward()
+
+    Args:
+        specs: The tasks of the model, in their order.
+        forwards: What the forwards are called with, of which `labels` and `task_ids` count: an image of another task has
+            no label. Tasks without labels have no labelled images.
+
+    Returns:
+        `{task: 0-dim tensor}`, on the labels' device.
+
+    Raises:
+        ValueError: There is no forward.
+    """
+    if not forwards:
+        raise ValueError("labelled_per_forward needs the batch of at least one forward, got none.")
+    counts = torch.stack([_count_labelled(specs, forward) for forward in forwards]).sum(0)
+    total = torch.cat([counts, counts.new_full((1,), len(forwards))])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    total = total.float() if total.device.type == "mps" else total.double()
+    return dict(zip(specs, total[:-1] / total[-1], strict=True))
+
+
+def _count_labelled(specs: Mapping[str, TaskSpec], forward: Mapping[str, Any]) -> Tensor:
+    """Labelled images of each task in the batch of one forward, a LongTensor (T,)."""
+    labels, ids = forward["labels"], forward.get("task_ids")
+    device = next((label.device for label in labels.values()), None)
+    counts = torch.zeros(len(specs), device=device, dtype=torch.long)
+    ids = None if ids is None else resolve_task(ids, list(specs), device)
+    for index, (name, spec) in enumerate(specs.items()):
+        if name in labels:
+            images = spec.task_kind.labelled(labels[name], spec.ignore_index).flatten(1).any(1)
+            counts[index] = (images if ids is None else images & (ids == index)).sum()
+    return counts
+
+
+def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, num_labelled: float | Tensor | None = None) -> Tensor:
     """Loss of one task: the mean over its labelled images of the mean over their labelled pixels.
 
     It is exactly 0, with zero gradients, where nothing is labelled, whatever the logits and the labels hold there.
@@ -63,6 +121,8 @@ def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
         spec: The task, which says the loss of a pixel and which pixels are labelled.
         logits: (B, N, h, w); they are resized (bilinear) to the resolution of the labels.
         labels: (B, H, W) int for class maps, (B, C, H, W) otherwise. See [`check_labels`].
+        num_labelled: What the sum over the images is divided by; how many of them are labelled when None. See
+            [`labelled_per_forward`].
 
     Returns:
         A 0-dim tensor in float32, or float64 for float64 logits, not weighted by ``spec.weight``.
@@ -76,7 +136,7 @@ def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
         labels = torch.where(labelled, labels, 0).long()
     else:
         labels = torch.where(labelled[:, None], labels, 0).to(logits.dtype)
-    return mean_over_images(spec.pixel_loss(logits, labels, labelled), labelled)
+    return mean_over_images(spec.pixel_loss(logits, labels, labelled), labelled, num_labelled)
 
 
 def check_labels(name: str, spec: TaskSpec, labels: Tensor, batch_size: int, rows: Tensor | None = None) -> None:

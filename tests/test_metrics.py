@@ -113,6 +113,13 @@ def test_logits_are_resized_before_the_activation():
     assert run(spec, logits.clamp(min=0), labels) != run(spec, resized, labels)
 
 
+def test_masks_are_resized_before_the_sigmoid():
+    # two thirds of the way from 9 to -2 the logit is 1.7, a positive; of their probabilities it would be 0.41, a negative
+    logits = torch.tensor([9.0, -2.0, -2.0, 9.0]).reshape(1, 1, 1, 4)
+    labels = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]).reshape(1, 1, 1, 12)
+    assert run(TaskSpec("binary"), logits, labels) == {"iou": 1.0}
+
+
 @pytest.mark.filterwarnings("error")
 def test_none_where_nothing_is_labelled():
     specs = {"a": TaskSpec("semantic", 3), "b": TaskSpec("depth"), "c": TaskSpec("normals"), "d": TaskSpec("binary")}
@@ -156,6 +163,13 @@ def test_delta_b_by_hand():
     baseline = {"semantic": {"miou": 0.5, "pixel_accuracy": 1.0}, "depth": {"abs_err": 0.4, "rel_err": 0.1}}
     # semantic: (+20 % - 20 %) / 2 = 0; depth: (+25 % - 100 %) / 2 = -37.5 %
     assert delta_b(results, baseline) == pytest.approx(-37.5 / 2)
+
+
+def test_every_task_counts_alike_in_delta_b_however_many_metrics_it_has():
+    results = {"semantic": {"miou": 0.6}, "depth": {"abs_err": 0.3, "rel_err": 0.2, "rmse": 1.0}}
+    baseline = {"semantic": {"miou": 0.5}, "depth": {"abs_err": 0.4, "rel_err": 0.1, "rmse": 1.0}}
+    # semantic: +20 %; depth: (25 - 100 + 0) / 3 = -25 %; the mean of all four metrics would be -13.75 %
+    assert delta_b(results, baseline) == pytest.approx((20 - 25) / 2)
 
 
 def test_delta_b_leaves_out_what_cannot_be_compared():

@@ -21,7 +21,6 @@ from transformers.models.sam.modeling_sam import (
 from transformers.utils import ModelOutput
 
 from ..auxiliary import auxiliary_loss
-from ..losses import task_loss
 from ..routing.router import TaskRequest
 from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
@@ -30,6 +29,7 @@ from .encoder import encode_mixed, encode_tasks, encode_trunk
 from .frozen import freeze
 from .interpolation import encoder_state_for
 from .loading import load_sam
+from .loss import task_losses
 from .processing import post_process
 from .tasks import Tasks, TaskSpec, parse_tasks
 
@@ -221,6 +221,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         return_dict: bool | None = None,
         trunk_states: torch.Tensor | None = None,
         task_chunk: int | None = None,
+        num_labelled: Mapping[str, float | torch.Tensor] | None = None,
         original_sizes: Any = None,
         reshaped_input_sizes: Any = None,
     ) -> MSamOutput | tuple:
@@ -241,6 +242,12 @@ class MSamForMultiTask(SamPreTrainedModel):
                 that are trained one after the other then share it, where nothing in it is trained.
             task_chunk (`int`): How many tasks run through the encoder as one batch: 1 takes the least memory. All of them
                 by default; with `task_ids` it does not matter.
+            num_labelled (`dict[str, float]`): Per task what the sum over its labelled images is divided by, where one
+                optimiser step takes several forwards: the mean number of them per forward, as
+                [`~losses.labelled_per_forward`] counts them. The mean of the F gradients, over processes (DDP) and
+                accumulated forwards, is then that of one forward of all the images. By default a forward divides by the
+                number of its own: the mean of the gradients is that of the whole only where all F have equally many of
+                each task. (Auxiliary losses stay as they are: Conv-LoRA balances the experts of each forward.)
             original_sizes: Not used; `model(**processor(images))` passes it.
             reshaped_input_sizes: Not used, likewise.
 
@@ -266,7 +273,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         logits = {name: self._decode(name, embedding) for name, embedding in embeddings.items()}
         loss, losses = None, None
         if labels is not None:
-            losses = {name: self._task_loss(name, logits[name], labels, image_index) for name in logits}
+            losses = task_losses(self, logits, labels, image_index, num_labelled)
             loss = sum(self.task_specs[name].weight * value for name, value in losses.items())
             loss = loss + auxiliary_loss(self).to(loss.device)
         output = MSamOutput(loss=loss, losses=losses, logits=logits, image_index=image_index)
@@ -377,28 +384,3 @@ class MSamForMultiTask(SamPreTrainedModel):
             multimask_output=False,
         )
         return masks.reshape(batch_size, num_channels, 4 * height, 4 * width)
-
-    def _task_loss(
-        self,
-        name: str,
-        logits: torch.Tensor,
-        labels: Mapping[str, torch.Tensor],
-        image_index: Mapping[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        if logits.shape[0] == 0:
-            return self._zero_loss(name, logits)
-        if name not in labels:
-            return logits.flatten()[:0].float().sum()
-        task_labels = labels[name].to(logits.device)
-        if image_index is not None:
-            task_labels = task_labels[image_index[name].to(logits.device)]
-        return task_loss(self.task_specs[name], logits, task_labels)
-
-    def _zero_loss(self, name: str, logits: torch.Tensor) -> torch.Tensor:
-        """0 with zero gradients for the task's own parameters: every process of DDP must see them in every step."""
-        total = logits.float().sum()
-        for module in (self.no_mask_embeds[name], self.mask_decoders[name]):
-            for parameter in module.parameters():
-                if parameter.requires_grad:
-                    total = total + parameter.flatten()[:0].float().sum()
-        return total

@@ -125,6 +125,14 @@ def test_rows_are_what_the_processor_makes(dataset):
         assert torch.equal(found["labels"][name], expected["labels"][name][0]), name
 
 
+def test_images_are_normalised_as_the_processor_says(dataset):
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 2.0]
+    rows = MultiTaskDataset(dataset, make_tasks(), MSamProcessor(WIDTH, image_mean=mean, image_std=std))
+    image = np.asarray(make_row(0)["image"]) / 255
+    expected = torch.tensor((image - mean) / std).permute(2, 0, 1).float()
+    torch.testing.assert_close(rows[0]["pixel_values"][:, :HEIGHT], expected, rtol=0, atol=1e-5)
+
+
 def test_missing_columns_and_nulls_are_unlabelled():
     rows = [make_row(0), {**make_row(1), "segmentation": None, "depth": None}]
     data = make_dataset(rows, ["image", "segmentation", "depth"])

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
@@ -26,6 +27,29 @@ def base(sam_factory, tmp_path):
 @pytest.fixture
 def scenes_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def make_row(seed, side=32):
+    """A row of noise, all of it labelled for classes (0 to 2), depth and normals."""
+    random = np.random.default_rng(seed)
+    normals = random.normal(size=(3, side, side))
+    return {
+        "image": random.random((3, side, side)).astype("float32"),
+        "segmentation": random.integers(0, 3, (side, side)),
+        "depth": random.uniform(1, 5, (1, side, side)).astype("float32"),
+        "normal": (normals / np.linalg.norm(normals, axis=0)).astype("float32"),
+    }
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """A dataset without a scene to be rendered: 6 rows to train on, 2 to validate and 3 to test on."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("data")
+    for number, (split, rows) in enumerate({"train": 6, "validation": 2, "test": 3}.items()):
+        made = datasets.Dataset.from_list([make_row(100 * number + row) for row in range(rows)])
+        made.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
 
 
 @pytest.fixture

@@ -216,6 +216,23 @@ class TestNumbers:
         found = paired_differences(results, Entry("talora"), Entry("lora"), amount)
         assert found == pytest.approx([21 - 10, 23 - 10])
 
+    def test_delta_b_is_over_the_baseline_of_the_same_seed_amount_and_split(self, tmp_path, monkeypatch):
+        """Every run has an error of its own, so that any other baseline gives another number."""
+        plan, rates = Plan(tmp_path, TASKS, {}), {"decoder": 4e-4, "lora": 5e-3}
+        errors = {}
+        runs = [(Amount(8), 1, "test"), (Amount(8), 2, "test"), (Amount(16), 1, "test"),
+                (Amount(8, one_task_each=True), 1, "test"), (Amount(8), 1, "validation")]  # fmt: skip
+        for number, cell in enumerate(runs):
+            for name, error in (("decoder", 1.0 + number), ("lora", 0.5)):
+                (job,) = plan.jobs(Entry(name), rates, *cell).values()
+                errors[job.folder] = error
+        assert len(errors) == 2 * len(runs)
+        values = {"trainable_parameters": 1, "adapter_bytes": 1, "train_seconds": 1.0, "steps": 1}
+        monkeypatch.setattr(Job, "result", lambda job: values | {"tasks": {"depth": {"abs_err": errors[job.folder]}}})
+        for number, cell in enumerate(runs):
+            found = read_result(plan, Entry("lora"), rates, *cell)
+            assert found.delta_b == pytest.approx(100 * (0.5 + number) / (1.0 + number)), cell
+
     def test_unfinished(self, tmp_path):
         assert read_result(Plan(tmp_path, TASKS, {}), Entry("lora"), {"lora": 1.0}, Amount(8), 0) is None
 

@@ -79,6 +79,7 @@ def test_two_processes_train_what_one_trains_and_go_on_where_they_stopped(argume
         for name in PASSES:
             script.main(arguments(tmp_path / f"one-{name}", *options, "--batch-size", "4", "--task-pass", name))
             assert_close(tmp_path / f"two-{name}", tmp_path / f"one-{name}")
+            assert_close_metrics(tmp_path / f"two-{name}", tmp_path / f"one-{name}")
     # every process has noise of its own, and goes on with it
     state = torch.load(tmp_path / "whole/checkpoints/step-2/training_state.pt", weights_only=True)
     first, second = (random["torch"] for random in state["random"])
@@ -87,6 +88,13 @@ def test_two_processes_train_what_one_trains_and_go_on_where_they_stopped(argume
     assert files[0].read_bytes() == files[1].read_bytes()
     with pytest.raises(ValueError, match="processes: given 1, saved 2"):
         script.main(arguments(tmp_path / "whole", *noisy, "--resume", "latest"))
+
+
+def assert_close_metrics(output, expected):
+    """Three test images are an odd number for two processes: none of them counts twice."""
+    actual, expected = (json.loads((directory / "metrics.json").read_text()) for directory in (output, expected))
+    for task, values in expected["tasks"].items():
+        assert actual["tasks"][task] == pytest.approx(values, rel=1e-3), task
 
 
 def assert_close(output, expected):

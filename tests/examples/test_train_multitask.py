@@ -1,6 +1,7 @@
 """The training script, on a tiny SAM for a few steps."""
 
 import math
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 import train_multitask as script
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from PIL import Image
 
@@ -107,6 +109,25 @@ class TestRuns:
         metrics = run(tmp_path / "run", "--baseline", "none", "--push-to-hub", "me/rooms")
         assert pushed == [("me/rooms", {"metrics": metrics["tasks"], "dataset": "scenes"})]
 
+    @pytest.mark.parametrize("backward", ["backward_joint", "backward_sequential"])
+    def test_auxiliary_losses_are_accumulated_like_the_others(self, trainer, backward, monkeypatch):
+        regularised = partial(script.pt.TALoraConfig, ortho_reg_weight=0.1)
+        monkeypatch.setattr(script.pt, "TALoraConfig", regularised)
+        model, rows = trainer()
+        plugin = GradientAccumulationPlugin(2, sync_with_dataloader=False)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+        for part in range(2):
+            with accelerator.accumulate(model):
+                getattr(script, backward)(accelerator, model, double_batch(rows[part::2]))
+        actual = gradients(model)
+        model.zero_grad()
+        output = model(**double_batch(rows))
+        auxiliary = script.pt.auxiliary_loss(model)
+        assert auxiliary > 0.1
+        output.loss.backward()
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-10)
+
     def test_accumulated_sequential_passes_give_the_gradients_of_one_joint_pass(self, trainer):
         model, rows = trainer()
         joint = Accelerator(cpu=True)
@@ -189,6 +210,125 @@ class TestRuns:
         metrics = run(tmp_path / "run", "--dataset", str(PHOTOS), "--baseline", "train")
         assert list(metrics["tasks"]) == ["semantic", "depth", "normals"]
         assert all(math.isfinite(value) for task in metrics["tasks"].values() for value in task.values())
+
+
+class TestOptimizer:
+    """Which parameter has which learning rate, and in which share of the steps it climbs."""
+
+    RATES = ["--lr", "0.1", "--decoder-lr", "0.2", "--norm-lr", "0.3", "--embedding-lr", "0.4"]
+    DECODER, EMBEDDING, NORM, ADAPTER = (0.2, 0.05), (0.4, 0.05), (0.3, 0.4), (0.1, 0.4)
+
+    def rates(self, base, *options):
+        args = script.parse_args(["--base", base, "--weight-decay", "0.5", *options])
+        msam = MSamForMultiTask.from_sam(base, {"depth": {"kind": "depth"}}, channel_mode=args.channel_mode)
+        model = script.add_adapter(msam, args, args.method)
+        groups = script.make_optimizer(model, args, args.method).param_groups
+        assert {group["weight_decay"] for group in groups} == {0.5}
+        found = {id(p): (group["lr"], group["warmup"]) for group in groups for p in group["params"]}
+        assert len(found) == sum(len(group["params"]) for group in groups)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert {id(p) for p in trained.values()} == found.keys()
+        return {name: found[id(p)] for name, p in trained.items()}
+
+    @pytest.mark.parametrize("method", script.METHODS)
+    def test_every_trained_parameter_is_in_the_group_of_its_module(self, base, method):
+        adapters = {
+            "talora": ".talora_",
+            "convlora": ".convlora_",
+            "lora": ".lora_",
+            "full": ".mlp.lin1.",
+            "decoder": None,
+        }
+        seen = set()
+        for name, rate in self.rates(base, "--method", method, *self.RATES).items():
+            if "mask_decoders.depth" in name:
+                # the decoder's own norms are no norms of the encoder
+                expected = self.DECODER
+            elif "no_mask_embeds" in name:
+                expected = self.EMBEDDING
+            elif "layer_norm" in name:
+                expected = self.NORM
+            else:
+                expected = self.ADAPTER
+                assert "vision_encoder" in name and (method == "full" or adapters[method] in name), name
+            assert rate == expected, name
+            seen.add(expected)
+            seen.update(part for part in (".layer_norm_final_attn.", adapters[method]) if part and part in name)
+        encoder = set() if method == "decoder" else {self.NORM, self.ADAPTER, adapters[method]}
+        assert seen == {self.DECODER, self.EMBEDDING, ".layer_norm_final_attn."} | encoder
+
+    def test_rates_that_are_not_given(self, base):
+        for method, rate in {"talora": 5e-3, "convlora": 2e-3, "lora": 5e-3, "full": 3e-4}.items():
+            assert set(self.rates(base, "--method", method).values()) == {
+                (1e-3, 0.05), (1e-2, 0.05), (1e-3, 0.4), (rate, 0.4)
+            }  # fmt: skip
+
+    @pytest.mark.parametrize(("gradient", "expected"), [([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])])
+    def test_gradients_are_clipped_to_norm_one(self, gradient, expected):
+        model, accelerator = torch.nn.Linear(2, 1, bias=False), Accelerator(cpu=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.tensor([gradient])
+        script.update(accelerator, model, optimizer, scheduler)
+        torch.testing.assert_close(before - model.weight, torch.tensor([expected]))
+        assert model.weight.grad is None and scheduler.scheduler.last_epoch == 1
+
+
+class TestEvaluation:
+    def prepare(self, base, data_folder, *options):
+        args = script.parse_args(["--base", base, "--dataset", data_folder, "--tasks", "depth", *options])
+        _, test, tasks = script.load_data(args, 32)
+        msam = MSamForMultiTask.from_sam(base, tasks)
+        model = script.add_adapter(msam, args, args.method)
+        dataset = MultiTaskDataset(test, tasks, script.pt.MSamProcessor.from_model(msam))
+        return args, model, dataset, tasks
+
+    def test_neither_noise_nor_dropout_and_training_goes_on(self, base, data_folder):
+        args, model, dataset, tasks = self.prepare(base, data_folder, "--method", "convlora")
+        for name, parameter in model.named_parameters():
+            if "convlora" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        loader = script.make_loader(dataset, args, batch_size=2)
+        pixels = dataset[0]["pixel_values"][None]
+        assert not torch.equal(model.train()(pixels).logits["depth"], model(pixels).logits["depth"])
+        first = script.evaluate(Accelerator(cpu=True), model.train(), loader, tasks)
+        assert model.training and model.get_base_model().training
+        assert first == script.evaluate(Accelerator(cpu=True), model, loader, tasks)
+        assert first == script.evaluate(Accelerator(cpu=True), model.eval(), loader, tasks)
+        assert not model.training
+
+    def test_processes_see_every_image_once(self, base, data_folder):
+        args, _, dataset, _ = self.prepare(base, data_folder)
+        accelerator = script.make_accelerator(args)
+        loader = script.make_loader(dataset, args, batch_size=2)
+        shares = [
+            prepare_data_loader(loader, num_processes=2, process_index=index, even_batches=accelerator.even_batches)
+            for index in range(2)
+        ]
+        assert [[len(batch["pixel_values"]) for batch in share] for share in shares] == [[2], [1]]
+
+
+class TestData:
+    def splits(self, *names):
+        return {name: f"rows of {name}" for name in names}
+
+    def test_the_split_that_is_evaluated(self):
+        everything = self.splits("train", "validation", "test")
+        assert script.choose_split(everything, "test") == "rows of test"
+        assert script.choose_split(everything, "validation") == "rows of validation"
+        assert script.choose_split(self.splits("train", "val"), "test") == "rows of val"
+
+    def test_test_images_are_no_validation_images(self, capsys):
+        assert script.choose_split(self.splits("train", "test"), "validation") == "rows of train"
+        assert "no validation split" in capsys.readouterr().out
+
+    def test_weights_of_the_tasks(self, arguments, data_folder):
+        args = script.parse_args(arguments("unused", "--dataset", data_folder))
+        _, _, tasks = script.load_data(args, 32)
+        weights = {name: spec.weight for name, spec in tasks.items()}
+        assert weights == pytest.approx({"semantic": 1 / 6, "depth": 1 / 6, "normals": 4 / 6})
 
 
 class CountingRows(torch.utils.data.Dataset):

@@ -1,0 +1,72 @@
+"""The losses of an mSAM's tasks, 0 with zero gradients where nothing is labelled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..losses import task_loss
+
+
+def task_losses(
+    model: Any,
+    logits: Mapping[str, torch.Tensor],
+    labels: Mapping[str, torch.Tensor],
+    image_index: Mapping[str, torch.Tensor] | None,
+    num_labelled: Mapping[str, float | torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    """The loss of each task, unweighted.
+
+    Args:
+        model: The mSAM.
+        logits: Per wanted task (B_t, N_t, 4h, 4w).
+        labels: Per task B rows.
+        image_index: Per task which rows its B_t images are; all of them when None.
+        num_labelled: Per task what the sum over its labelled images is divided by; their number when None.
+
+    Raises:
+        ValueError: `num_labelled` leaves out a task that has labels, or holds what is no number of images.
+    """
+    labelled = [name for name in logits if name in labels]
+    if num_labelled is not None:
+        _check_num_labelled(num_labelled, labelled)
+    losses = {}
+    for name, task_logits in logits.items():
+        if task_logits.shape[0] == 0:
+            losses[name] = _zero_loss(model, name, task_logits)
+        elif name not in labels:
+            losses[name] = task_logits.flatten()[:0].float().sum()
+        else:
+            rows = labels[name].to(task_logits.device)
+            if image_index is not None:
+                rows = rows[image_index[name].to(task_logits.device)]
+            divisor = None if num_labelled is None else num_labelled[name]
+            losses[name] = task_loss(model.task_specs[name], task_logits, rows, divisor)
+    return losses
+
+
+def _check_num_labelled(num_labelled: Any, names: list[str]) -> None:
+    if not isinstance(num_labelled, Mapping) or any(name not in num_labelled for name in names):
+        given = list(num_labelled) if isinstance(num_labelled, Mapping) else type(num_labelled).__name__
+        raise ValueError(
+            f"num_labelled must be a dict {{task: number}} with all tasks that have labels, {names}; got {given}."
+        )
+    for name in names:
+        value = num_labelled[name]
+        if isinstance(value, torch.Tensor) and value.ndim == 0:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"num_labelled['{name}'] must be a number >= 0 of images per forward, got {value!r}.")
+
+
+def _zero_loss(model: Any, name: str, logits: torch.Tensor) -> torch.Tensor:
+    """0 with zero gradients for the task's own parameters: every process of DDP must see them in every step."""
+    total = logits.float().sum()
+    for module in (model.no_mask_embeds[name], model.mask_decoders[name]):
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                total = total + parameter.flatten()[:0].float().sum()
+    return total
