@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 import peft_talora as pt
 from peft_talora.drawing import color_range, draw
 from peft_talora.msam.loading import checkpoint_type, load_sam
-from peft_talora.saving.description import read_config, read_msam_fields
+from peft_talora.saving.adapter import SavedAdapter
 from peft_talora.saving.directory import written_aside
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -129,8 +129,8 @@ def adapter_folder(path_or_hub_id: str) -> Path:
 
 def adapter_tasks(folder: Path) -> list[str]:
     """All tasks of an adapter."""
-    fields, _ = read_msam_fields(folder, read_config(folder))
-    return [task["name"] for task in fields["tasks"]]
+    tasks = SavedAdapter.read(folder).recipe["tasks"]
+    return [task["name"] for task in tasks]
 
 
 def choose_tasks(known: Mapping[str, list[str]], wanted: list[str] | None) -> dict[str, list[str]]:
@@ -149,7 +149,7 @@ def load_base(name: str):
 
 
 def load_model(folder: Path, base: str | None, device: torch.device):
-    base = base or read_config(folder).base_model_name_or_path
+    base = base or SavedAdapter.read(folder).config.base_model_name_or_path
     return pt.MSamForMultiTask.from_adapter(folder, base_model=load_base(base) if base else None).to(device).eval()
 
 
