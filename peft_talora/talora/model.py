@@ -14,6 +14,7 @@ from ..msam_adapter import is_msam
 from ..routing.hooks import add_task_hook, remove_task_hook
 from ..routing.mixed_batch import check_adapter_names, route_adapters, saved_modules_use
 from ..routing.router import TaskRequest, TaskRouter, find_routers, set_task, task_index, use_task
+from ..routing.signature import hide_task_ids, show_task_ids
 from ..tuner.model import PluginTuner
 from .config import TALoraConfig
 from .layer import TALoraLayer, TALoraLinear
@@ -94,10 +95,12 @@ class TALoraModel(PluginTuner):
     def _add_hooks(self) -> None:
         super()._add_hooks()
         add_task_hook(self.model, self.task_router)
+        show_task_ids(self.model)
 
     def _remove_hooks(self) -> None:
         super()._remove_hooks()
         remove_task_hook(self.model)
+        hide_task_ids(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT; with `safe_merge` all layers are checked before the first one is changed."""

@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-
 from small_models import move_saved_modules
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec

@@ -1,0 +1,64 @@
+"""Shows `task_ids` to whoever inspects the signature of a base model's forward.
+
+transformers' Trainer drops the columns of a dataset that it does not find there; without `task_ids` it would train the first
+task only, in silence. A forward of the instance would not do: nn.DataParallel, which the Trainer uses, copies it to its replicas.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+NAME = "task_ids"
+
+
+class _ShowsTaskIds:
+    """Base of the classes below, by which they are known."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # copies and files know the model's own class
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, (type(self).__mro__[2],), *state
+
+
+def _new(cls: type) -> Any:
+    return object.__new__(_class_with_task_ids(cls))
+
+
+@functools.cache
+def _class_with_task_ids(cls: type) -> type:
+    """A subclass that differs in the signature of its forward alone; a hook takes the argument out before it."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    signature = inspect.signature(cls.forward)
+    parameters = [
+        *signature.parameters.values(),
+        inspect.Parameter(NAME, inspect.Parameter.KEYWORD_ONLY, default=None),
+    ]
+    # **kwargs comes last
+    forward.__signature__ = signature.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
+    members = {
+        "forward": forward,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls.__name__, (_ShowsTaskIds, cls), members)
+
+
+def show_task_ids(model: nn.Module) -> None:
+    """Add `task_ids` to the signature of `model.forward`, unless it is there."""
+    if NAME not in inspect.signature(model.forward).parameters:
+        model.__class__ = _class_with_task_ids(type(model))
+
+
+def hide_task_ids(model: nn.Module) -> None:
+    """Undo [`show_task_ids`]."""
+    if type(model).__mro__[1] is _ShowsTaskIds:
+        model.__class__ = type(model).__mro__[2]
