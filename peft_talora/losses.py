@@ -48,19 +48,19 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def mean_over_images(pixels: Tensor, labelled: Tensor, num_labelled: float | Tensor | None = None) -> Tensor:
+def mean_over_images(pixels: Tensor, labelled: Tensor, loss_divisors: float | Tensor | None = None) -> Tensor:
     """Mean over the labelled images of the mean over their labelled pixels; 0 where nothing is labelled.
 
     Args:
         pixels: One value per pixel, (B, H, W).
         labelled: Which of them count, bool (B, H, W).
-        num_labelled: What the sum over the images is divided by; how many of them are labelled when None.
+        loss_divisors: What the sum over the images is divided by; how many of them are labelled when None.
     """
     counts = labelled.sum(dim=(1, 2))
     images = torch.where(labelled, pixels, 0).sum(dim=(1, 2)) / counts.clamp(min=1)
-    if num_labelled is None:
+    if loss_divisors is None:
         return images.sum() / (counts > 0).sum().clamp(min=1)
-    divisor = torch.as_tensor(num_labelled, device=images.device, dtype=images.dtype)
+    divisor = torch.as_tensor(loss_divisors, device=images.device, dtype=images.dtype)
     return images.sum() / divisor.clamp(min=torch.finfo(images.dtype).tiny)
 
 
@@ -68,15 +68,15 @@ def labelled_per_forward(specs: Mapping[str, TaskSpec], forwards: Sequence[Mappi
     """How many labelled images a task has on average in the forwards of one optimiser step, over all processes.
 
     That is N_t / F for the N_t labelled images of task t in F forwards: those of this process, which accumulate gradients,
-    and as many of every other process of `torch.distributed`, where it is running (one small all-reduce). As `num_labelled`
+    and as many of every other process of `torch.distributed`, where it is running (one small all-reduce). As `loss_divisors`
     of all of these forwards it makes the mean of their gradients that of one forward of all their images. (Without it a
     labelled image counts more where its forward has few of them.)
 
         for step in steps:
             batches = [next(loader) for _ in range(accumulation)]
-            num_labelled = labelled_per_forward(msam.task_specs, batches)
+            loss_divisors = labelled_per_forward(msam.task_specs, batches)
             for batch in batches:
-                (model(**batch, num_labelled=num_labelled).loss / accumulation).backward()
+                (model(**batch, loss_divisors=loss_divisors).loss / accumulation).backward()
 
     Args:
         specs: The tasks of the model, in their order.
@@ -112,7 +112,7 @@ def _count_labelled(specs: Mapping[str, TaskSpec], forward: Mapping[str, Any]) -
     return counts
 
 
-def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, num_labelled: float | Tensor | None = None) -> Tensor:
+def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, loss_divisors: float | Tensor | None = None) -> Tensor:
     """Loss of one task: the mean over its labelled images of the mean over their labelled pixels.
 
     It is exactly 0, with zero gradients, where nothing is labelled, whatever the logits and the labels hold there.
@@ -121,7 +121,7 @@ def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, num_labelled: floa
         spec: The task, which says the loss of a pixel and which pixels are labelled.
         logits: (B, N, h, w); they are resized (bilinear) to the resolution of the labels.
         labels: (B, H, W) int for class maps, (B, C, H, W) otherwise. See [`check_labels`].
-        num_labelled: What the sum over the images is divided by; how many of them are labelled when None. See
+        loss_divisors: What the sum over the images is divided by; how many of them are labelled when None. See
             [`labelled_per_forward`].
 
     Returns:
@@ -136,7 +136,7 @@ def task_loss(spec: TaskSpec, logits: Tensor, labels: Tensor, num_labelled: floa
         labels = torch.where(labelled, labels, 0).long()
     else:
         labels = torch.where(labelled[:, None], labels, 0).to(logits.dtype)
-    return mean_over_images(spec.pixel_loss(logits, labels, labelled), labelled, num_labelled)
+    return mean_over_images(spec.pixel_loss(logits, labels, labelled), labelled, loss_divisors)
 
 
 def check_labels(name: str, spec: TaskSpec, labels: Tensor, batch_size: int, rows: Tensor | None = None) -> None:

@@ -519,7 +519,8 @@ class TestRefusedWeights:
     @pytest.mark.parametrize("part", ["talora_U3", "mask_decoders.depth", "no_mask_embeds.a_normals", "layer_norm1"])
     def test_a_missing_tensor(self, path, sam, part):
         rewrite(path, lambda tensors: tensors.pop(some_key(tensors, part)))
-        self.refuse(path, sam, rf"the tensor '.*{part}.*' is missing")
+        # without U3 not even the number of tasks is known: that is told as damage
+        self.refuse(path, sam, rf"the tensor '.*{part}.*' is missing|is not as it was saved")
 
     def test_an_unexpected_tensor(self, path, sam):
         rewrite(path, lambda tensors: tensors.update({"base_model.model.vision_encoder.extra": torch.zeros(2)}))

@@ -16,7 +16,7 @@ def task_losses(
     logits: Mapping[str, torch.Tensor],
     labels: Mapping[str, torch.Tensor],
     image_index: Mapping[str, torch.Tensor] | None,
-    num_labelled: Mapping[str, float | torch.Tensor] | None,
+    loss_divisors: Mapping[str, float | torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
     """The loss of each task, unweighted.
 
@@ -25,14 +25,14 @@ def task_losses(
         logits: Per wanted task (B_t, N_t, 4h, 4w).
         labels: Per task B rows.
         image_index: Per task which rows its B_t images are; all of them when None.
-        num_labelled: Per task what the sum over its labelled images is divided by; their number when None.
+        loss_divisors: Per task what the sum over its labelled images is divided by; their number when None.
 
     Raises:
-        ValueError: `num_labelled` leaves out a task that has labels, or holds what is no number of images.
+        ValueError: `loss_divisors` leaves out a task that has labels, or holds what is no number of images.
     """
     labelled = [name for name in logits if name in labels]
-    if num_labelled is not None:
-        _check_num_labelled(num_labelled, labelled)
+    if loss_divisors is not None:
+        _check_loss_divisors(loss_divisors, labelled)
     losses = {}
     for name, task_logits in logits.items():
         if task_logits.shape[0] == 0:
@@ -43,23 +43,23 @@ def task_losses(
             rows = labels[name].to(task_logits.device)
             if image_index is not None:
                 rows = rows[image_index[name].to(task_logits.device)]
-            divisor = None if num_labelled is None else num_labelled[name]
+            divisor = None if loss_divisors is None else loss_divisors[name]
             losses[name] = task_loss(model.task_specs[name], task_logits, rows, divisor)
     return losses
 
 
-def _check_num_labelled(num_labelled: Any, names: list[str]) -> None:
-    if not isinstance(num_labelled, Mapping) or any(name not in num_labelled for name in names):
-        given = list(num_labelled) if isinstance(num_labelled, Mapping) else type(num_labelled).__name__
+def _check_loss_divisors(loss_divisors: Any, names: list[str]) -> None:
+    if not isinstance(loss_divisors, Mapping) or any(name not in loss_divisors for name in names):
+        given = list(loss_divisors) if isinstance(loss_divisors, Mapping) else type(loss_divisors).__name__
         raise ValueError(
-            f"num_labelled must be a dict {{task: number}} with all tasks that have labels, {names}; got {given}."
+            f"loss_divisors must be a dict {{task: number}} with all tasks that have labels, {names}; got {given}."
         )
     for name in names:
-        value = num_labelled[name]
+        value = loss_divisors[name]
         if isinstance(value, torch.Tensor) and value.ndim == 0:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"num_labelled['{name}'] must be a number >= 0 of images per forward, got {value!r}.")
+            raise ValueError(f"loss_divisors['{name}'] must be a number >= 0 of images per forward, got {value!r}.")
 
 
 def _zero_loss(model: Any, name: str, logits: torch.Tensor) -> torch.Tensor:

@@ -221,7 +221,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         return_dict: bool | None = None,
         trunk_states: torch.Tensor | None = None,
         task_chunk: int | None = None,
-        num_labelled: Mapping[str, float | torch.Tensor] | None = None,
+        loss_divisors: Mapping[str, float | torch.Tensor] | None = None,
         original_sizes: Any = None,
         reshaped_input_sizes: Any = None,
     ) -> MSamOutput | tuple:
@@ -242,7 +242,7 @@ class MSamForMultiTask(SamPreTrainedModel):
                 that are trained one after the other then share it, where nothing in it is trained.
             task_chunk (`int`): How many tasks run through the encoder as one batch: 1 takes the least memory. All of them
                 by default; with `task_ids` it does not matter.
-            num_labelled (`dict[str, float]`): Per task what the sum over its labelled images is divided by, where one
+            loss_divisors (`dict[str, float]`): Per task what the sum over its labelled images is divided by, where one
                 optimiser step takes several forwards: the mean number of them per forward, as
                 [`~losses.labelled_per_forward`] counts them. The mean of the F gradients, over processes (DDP) and
                 accumulated forwards, is then that of one forward of all the images. By default a forward divides by the
@@ -273,7 +273,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         logits = {name: self._decode(name, embedding) for name, embedding in embeddings.items()}
         loss, losses = None, None
         if labels is not None:
-            losses = task_losses(self, logits, labels, image_index, num_labelled)
+            losses = task_losses(self, logits, labels, image_index, loss_divisors)
             loss = sum(self.task_specs[name].weight * value for name, value in losses.items())
             loss = loss + auxiliary_loss(self).to(loss.device)
         output = MSamOutput(loss=loss, losses=losses, logits=logits, image_index=image_index)

@@ -67,12 +67,12 @@ def test_the_mean_of_the_gradients_is_that_of_the_whole(parts, with_ids):
     whole.loss.backward()
     expected = gradients(model)
     batches = [rows_of(batch, rows) for rows in parts]
-    num_labelled = labelled_per_forward(TASKS, batches)
+    loss_divisors = labelled_per_forward(TASKS, batches)
     labelled = (2, 3, 1) if with_ids else (3, 5, 1)
-    assert {name: value.item() for name, value in num_labelled.items()} == {
+    assert {name: value.item() for name, value in loss_divisors.items()} == {
         name: pytest.approx(number / len(parts)) for name, number in zip(TASKS, labelled, strict=True)
     }
-    outputs = [model(**part, num_labelled=num_labelled) for part in batches]
+    outputs = [model(**part, loss_divisors=loss_divisors) for part in batches]
     sum(output.loss / len(parts) for output in outputs).backward()
     assert_same(gradients(model), expected)
     for name, value in whole.losses.items():
@@ -85,7 +85,7 @@ def test_without_it_a_forward_divides_by_its_own_number():
     own = [model(**rows_of(batch, rows)).losses["normals"] for rows in ([0, 1, 2], [3, 4, 5])]
     assert own[0] == 0 and whole > 0.01
     torch.testing.assert_close(own[1], whole)  # one image of six, or of three
-    given = model(**batch, num_labelled=labelled_per_forward(TASKS, [batch]))
+    given = model(**batch, loss_divisors=labelled_per_forward(TASKS, [batch]))
     assert given.losses["normals"] == whole
 
 
@@ -93,9 +93,9 @@ def test_nothing_labelled_anywhere():
     model, batch = tuned(), partly_labelled()
     batch["labels"]["normals"].zero_()
     del batch["labels"]["depth"]
-    num_labelled = labelled_per_forward(TASKS, [batch])
-    assert num_labelled["normals"] == num_labelled["depth"] == 0
-    output = model(**batch, num_labelled=num_labelled)
+    loss_divisors = labelled_per_forward(TASKS, [batch])
+    assert loss_divisors["normals"] == loss_divisors["depth"] == 0
+    output = model(**batch, loss_divisors=loss_divisors)
     assert output.losses["normals"] == output.losses["depth"] == 0
     output.loss.backward()
     assert not any(
@@ -108,11 +108,11 @@ def step_of_a_process(rank, folder, parts):
     model, batch = tuned(), partly_labelled()
     parallel = DistributedDataParallel(model)
     batches = [rows_of(batch, rows) for rows in parts[rank]]
-    num_labelled = labelled_per_forward(TASKS, batches)
+    loss_divisors = labelled_per_forward(TASKS, batches)
     with parallel.no_sync():
         for part in batches[:-1]:
-            (parallel(**part, num_labelled=num_labelled).loss / len(batches)).backward()
-    (parallel(**batches[-1], num_labelled=num_labelled).loss / len(batches)).backward()
+            (parallel(**part, loss_divisors=loss_divisors).loss / len(batches)).backward()
+    (parallel(**batches[-1], loss_divisors=loss_divisors).loss / len(batches)).backward()
     torch.save(gradients(model), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -137,14 +137,14 @@ def test_two_processes(parts, tmp_path):
     [
         (3, "got int"),
         ({"depth": 1, "normals": 1}, r"got \['depth', 'normals'\]"),
-        ({"semantic": -1, "depth": 1, "normals": 1}, r"num_labelled\['semantic'\] must be a number >= 0 .*, got -1"),
-        ({"semantic": 1, "depth": float("nan"), "normals": 1}, r"num_labelled\['depth'\] .*, got nan"),
-        ({"semantic": 1, "depth": torch.ones(2), "normals": 1}, r"num_labelled\['depth'\] .*, got tensor"),
+        ({"semantic": -1, "depth": 1, "normals": 1}, r"loss_divisors\['semantic'\] must be a number >= 0 .*, got -1"),
+        ({"semantic": 1, "depth": float("nan"), "normals": 1}, r"loss_divisors\['depth'\] .*, got nan"),
+        ({"semantic": 1, "depth": torch.ones(2), "normals": 1}, r"loss_divisors\['depth'\] .*, got tensor"),
     ],
 )
 def test_bad_numbers(given, message):
     with pytest.raises(ValueError, match=message):
-        tuned()(**partly_labelled(), num_labelled=given)
+        tuned()(**partly_labelled(), loss_divisors=given)
 
 
 def test_no_forward():
