@@ -58,7 +58,8 @@ def move_saved_modules(model):
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for parameter in module.modules_to_save.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 

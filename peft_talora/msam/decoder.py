@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
@@ -56,6 +57,17 @@ class MSamTokenDecoder(SamMaskDecoder):
         """(B, C, h, w) -> (B, C / 8, 4h, 4w)."""
         image = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))
         return self.activation(self.upscale_conv2(image))
+
+
+def untrained_parts(decoder: nn.Module) -> list[str]:
+    """The names of the modules of a decoder that no loss of an mSAM reaches: the IoU head, and unused hypernetworks.
+
+    A decoder pass for one channel uses the hypernetwork of mask token 0. The other mask tokens are trained: the
+    transformer's self-attention lets each token see all of them.
+    """
+    number = len(decoder.output_hypernetworks_mlps)
+    used = number if isinstance(decoder, MSamTokenDecoder) else 1
+    return ["iou_prediction_head", *(f"output_hypernetworks_mlps.{index}" for index in range(used, number))]
 
 
 def token_decoder_state(sam_state: Mapping[str, torch.Tensor], num_channels: int) -> dict[str, torch.Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import AutoConfig, SamModel
 
 
@@ -47,3 +49,26 @@ def _source(name_or_path: str | Path) -> str:
 
 def _not_found(name_or_path: str | Path, error: OSError) -> FileNotFoundError:
     return FileNotFoundError(f"'{name_or_path}' is no SAM checkpoint, neither a directory nor on the Hub: {error}")
+
+
+def check_plain(model: nn.Module, name: str, instead: str) -> None:
+    """Refuse a model whose weights cannot be copied: they are quantised, sharded, or not in memory.
+
+    Args:
+        model: The model. All of it may be on the meta device, for a twin without weights.
+        name: How the message calls it.
+        instead: What to do, for a model with these weights: a sentence with a place for "quantization_config" or the like.
+
+    Raises:
+        ValueError: It has such weights.
+    """
+    state = model.state_dict()
+    on_meta = [key for key, value in state.items() if value.device.type == "meta"]
+    if on_meta and (len(on_meta) < len(state) or hasattr(model, "hf_device_map")):
+        raise ValueError(f"{name} is offloaded ('{on_meta[0]}' is not in memory): {instead.format('device_map')}")
+    for key, value in state.items():
+        if type(value) is not torch.Tensor or not value.is_floating_point():
+            kind = type(value).__name__ if type(value) is not torch.Tensor else value.dtype
+            raise ValueError(
+                f"{name} is quantised or sharded ('{key}' is a {kind}): {instead.format('quantization_config')}"
+            )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import SamModel
 from transformers.models.sam.modeling_sam import (
@@ -26,12 +27,17 @@ from .checks import check_all_labels, check_inputs, checked_image_size, checked_
 from .configuration import MSamConfig
 from .decoder import MSamTokenDecoder, token_decoder_state
 from .encoder import encode_mixed, encode_tasks, encode_trunk
-from .frozen import freeze
+from .frozen import TaskDecoders
 from .interpolation import encoder_state_for
-from .loading import load_sam
+from .loading import check_plain, load_sam
 from .loss import task_losses
 from .processing import post_process
 from .tasks import Tasks, TaskSpec, parse_tasks
+
+LOAD_INSTEAD = (
+    "make the mSAM from the SAM as it is, save it with save_pretrained(directory), and load that with "
+    "MSamForMultiTask.from_pretrained(directory, {}=...)."
+)
 
 
 @dataclass
@@ -66,7 +72,8 @@ class MSamForMultiTask(SamPreTrainedModel):
     hypernetwork per channel: one decoder pass for a task instead of N_t. The logits are others from the start on.
 
     Modules: `vision_encoder`, `shared_image_embedding`, `no_mask_embeds[task]` (`nn.Embedding(N_t, C)`, one row in token
-    mode) and `mask_decoders[task]` (a `SamMaskDecoder` whose IoU head is frozen: it gets no loss).
+    mode) and `mask_decoders[task]` (a `SamMaskDecoder`; what gets no loss is frozen: the IoU head, and in prompt mode the
+    hypernetworks of mask tokens 1 to 3).
 
     Example:
         ```py
@@ -107,9 +114,8 @@ class MSamForMultiTask(SamPreTrainedModel):
                 for name, spec in self.task_specs.items()
             }
         )
-        self.mask_decoders = nn.ModuleDict({name: self._new_decoder(spec) for name, spec in self.task_specs.items()})
+        self.mask_decoders = TaskDecoders({name: self._new_decoder(spec) for name, spec in self.task_specs.items()})
         self.post_init()
-        self._freeze_iou_heads()
 
     @property
     def _decodes_tokens(self) -> bool:
@@ -119,10 +125,6 @@ class MSamForMultiTask(SamPreTrainedModel):
         if self._decodes_tokens:
             return MSamTokenDecoder(self.config.mask_decoder_config, spec.num_channels)
         return SamMaskDecoder(self.config.mask_decoder_config)
-
-    def _freeze_iou_heads(self) -> None:
-        for decoder in self.mask_decoders.values():
-            freeze(decoder.iou_prediction_head)
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding of the image encoder, as transformers asks for it."""
@@ -136,7 +138,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         """
         loaded = super().from_pretrained(*args, **kwargs)
         # loading replaces the parameters
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_iou_heads()
+        (loaded[0] if isinstance(loaded, tuple) else loaded).mask_decoders.freeze_untrained()
         return loaded
 
     @classmethod
@@ -159,7 +161,8 @@ class MSamForMultiTask(SamPreTrainedModel):
         Raises:
             TypeError: `sam` is something else.
             FileNotFoundError: There is no checkpoint of that name.
-            ValueError: A task, or the image size, is not possible; or `sam` has an adapter.
+            ValueError: A task, or the image size, is not possible; or `sam` has an adapter, or is quantised, sharded or
+                offloaded.
         """
         if isinstance(sam, str | Path):
             sam = load_sam(sam)
@@ -167,6 +170,7 @@ class MSamForMultiTask(SamPreTrainedModel):
             raise TypeError(f"`sam` must be a SamModel or the name or path of one, got {type(sam).__name__}.")
         if any(isinstance(module, BaseTunerLayer) for module in sam.modules()):
             raise ValueError("`sam` has an adapter: merge it, or unload it, first.")
+        check_plain(sam, "`sam`", LOAD_INSTEAD)
         vision_config = copy.deepcopy(sam.config.vision_config)
         vision_config.image_size = checked_image_size(image_size, vision_config)
         config = MSamConfig(
@@ -296,8 +300,17 @@ class MSamForMultiTask(SamPreTrainedModel):
         return encode_trunk(self, pixel_values)
 
     def keep_tasks(self, names: Sequence[str]) -> None:
-        """Drop the decoders and embeddings of all other tasks, for good."""
+        """Drop the decoders and embeddings of all other tasks, for good.
+
+        Raises:
+            ValueError: A task is unknown; or the model has an adapter, which would still be one of all tasks.
+        """
         names = wanted_tasks(self.task_specs, names)
+        if any(isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in self.modules()):
+            raise ValueError(
+                "keep_tasks is for an mSAM without an adapter, which would still be one of all tasks: pass tasks="
+                f"{names} to the forward, or merge or unload the adapter first (merge_and_unload keeps the active task)."
+            )
         self.config.tasks = [task for task in self.config.tasks if task["name"] in names]
         for dropped in [name for name in self.task_specs if name not in names]:
             del self.task_specs[dropped], self.no_mask_embeds[dropped], self.mask_decoders[dropped]

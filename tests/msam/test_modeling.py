@@ -1,12 +1,11 @@
 """mSAM against a plain loop over images, tasks and channels with transformers' own modules."""
 
 import copy
-import pickle
 import re
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from small_models import label_maps, move_saved_modules, train
 from torch import nn
@@ -64,10 +63,6 @@ def assert_same(got, expected, atol=1e-9):
 
 def differ(first, second):
     return (first - second).abs().max().item() > 1e-3
-
-
-def iou_parameters(model):
-    return {name: p for name, p in model.named_parameters() if ".iou_prediction_head." in name}
 
 
 def task_parameters(model, task):
@@ -491,56 +486,6 @@ class TestWhatIsTrained:
         assert differ(logits["depth"], before["depth"]) and differ(logits["depth"], logits["semantic"][:, :1])
         mixed = predict(msam, pixels, task_ids=["depth", "normals"])
         torch.testing.assert_close(mixed["depth"], logits["depth"][:1], rtol=0, atol=1e-9)
-
-
-class TestIouHeadsStayFrozen:
-    """They get no loss: a trainable one would make DDP wait for its gradient."""
-
-    @staticmethod
-    def check(model, count):
-        parameters = iou_parameters(model)
-        assert len(parameters) == count
-        assert not [name for name, parameter in parameters.items() if parameter.requires_grad]
-
-    def test_of_an_msam(self, sam, tmp_path):
-        msam = make(sam)
-        per_model = 3 * len(list(sam.mask_decoder.iou_prediction_head.parameters()))
-        self.check(msam, per_model)
-        assert any(p.requires_grad for p in msam.mask_decoders["depth"].parameters())
-        msam.requires_grad_(True)
-        self.check(msam, per_model)
-        msam.save_pretrained(tmp_path)
-        loaded = MSamForMultiTask.from_pretrained(tmp_path)
-        loaded.requires_grad_(True)
-        self.check(loaded, per_model)
-        for copied in (copy.deepcopy(msam), pickle.loads(pickle.dumps(msam)), msam.to(torch.float16).float()):
-            copied.requires_grad_(True)
-            self.check(copied, per_model)
-
-    @pytest.mark.parametrize("config", [talora_config, lora_config])
-    def test_with_an_adapter(self, sam, config, tmp_path):
-        msam = make(sam)
-        base, count = copy.deepcopy(msam), 2 * len(iou_parameters(msam))  # of the original modules and the saved ones
-        model = get_peft_model(msam, config(msam))
-        self.check(model, count)
-        model.set_adapter("default")
-        self.check(model, count)
-        with model.disable_adapter():
-            self.check(model, count)
-        self.check(model, count)
-        model.base_model.disable_adapter_layers()
-        model.base_model.enable_adapter_layers()
-        self.check(model, count)
-        model.save_pretrained(tmp_path)
-        self.check(PeftModel.from_pretrained(base, tmp_path, is_trainable=True), count)
-        model.add_adapter("second", config(msam))
-        model.set_adapter("second")
-        self.check(model, count // 2 * 3)
-
-    def test_the_saved_heads_still_travel_with_the_adapter(self, sam):
-        # frozen, but part of the decoder that the adapter holds
-        state = tuned(sam).get_base_model().mask_decoders["depth"].modules_to_save["default"].state_dict()
-        assert any("iou_prediction_head" in name for name in state)
 
 
 class TestFromSam:
