@@ -6,6 +6,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 MSAM_MODEL_TYPE = "msam"
 # the sizes of a SAM's encoder, by which an adapter knows its base
@@ -45,6 +46,12 @@ def default_modules_to_save(msam: nn.Module) -> list[str]:
     for index in range(len(msam.vision_encoder.layers)):
         names += [f"vision_encoder.layers.{index}.layer_norm{number}" for number in (1, 2)]
     return names
+
+
+def task_of_module(model: nn.Module, name: str) -> str | None:
+    """The task that a module of a model belongs to, by the module's name; None outside of the decoders of an mSAM."""
+    part, _, rest = name.partition(".")
+    return rest.partition(".")[0] if is_msam(model) and part == "mask_decoders" else None
 
 
 def msam_fields(config: Any) -> dict[str, Any]:
@@ -109,6 +116,7 @@ def prepare_for_msam(peft_config: PeftConfig, model: nn.Module) -> None:
         peft_config.msam = msam_fields(model.config)
     if peft_config.modules_to_save is None:
         peft_config.modules_to_save = default_modules_to_save(model)
+    _check_copied(peft_config.modules_to_save, model)
 
 
 def _check_same_tasks(tasks: list[str], model: nn.Module) -> None:
@@ -117,3 +125,14 @@ def _check_same_tasks(tasks: list[str], model: nn.Module) -> None:
             f"The tasks of the adapter, {list(tasks)}, are not those of the model, {list(model.config.task_names)}, in the "
             "same order."
         )
+
+
+def _check_copied(names: list[str], model: nn.Module) -> None:
+    """Refuse what is to be trained in full, in a copy, where it is sharded: no shard's hooks are copied with it."""
+    for name, module in model.named_modules():
+        is_copied = any(f".{name}".endswith(f".{wanted}") for wanted in names)
+        if is_copied and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            raise ValueError(
+                f"'{name}' is sharded and in modules_to_save, of which an adapter trains a copy: call fully_shard after "
+                "get_peft_model, or leave it out of modules_to_save."
+            )

@@ -30,6 +30,8 @@ def checked_task_ids(
     specs: Mapping[str, TaskSpec], task_ids: TaskRequest, batch_size: int, device: torch.device
 ) -> torch.Tensor:
     """One index per image, a LongTensor (B,)."""
+    # the device of a model is meta where its first part is offloaded
+    device = None if device.type == "meta" else device
     ids = task_ids if isinstance(task_ids, str | int) else resolve_task(task_ids, list(specs), device)
     if not isinstance(ids, torch.Tensor) or ids.shape[0] != batch_size:
         given = len(ids) if isinstance(ids, torch.Tensor) else repr(ids)

@@ -1,9 +1,10 @@
-"""A mask decoder that gives all channels of a task in one call."""
+"""The mask decoders of an mSAM: one pass per channel, or all channels of a task in one call."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,6 +58,39 @@ class MSamTokenDecoder(SamMaskDecoder):
         """(B, C, h, w) -> (B, C / 8, 4h, 4w)."""
         image = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))
         return self.activation(self.upscale_conv2(image))
+
+
+def decode(model: Any, name: str, image_embedding: torch.Tensor) -> torch.Tensor:
+    """The logits (B, N, 4h, 4w) of a task, from its image embeddings (B, C, h, w).
+
+    Args:
+        model: The mSAM.
+        name: The task.
+        image_embedding: The image embeddings.
+    """
+    batch_size, _, height, width = image_embedding.shape
+    num_channels, device = model.task_specs[name].num_channels, image_embedding.device
+    if batch_size == 0:
+        return image_embedding.new_zeros(0, num_channels, 4 * height, 4 * width)
+    # called, not read: an adapter may have replaced it
+    in_tokens = model.config.channel_mode == "token"
+    no_mask = model.no_mask_embeds[name](torch.arange(1 if in_tokens else num_channels, device=device))
+    position = model.get_image_wide_positional_embeddings(device)
+    if in_tokens:
+        return model.mask_decoders[name](
+            image_embeddings=image_embedding,
+            image_positional_embeddings=position,
+            dense_prompt_embeddings=no_mask[:, :, None, None],
+        )
+    # one decoder input per image and channel
+    masks, _ = model.mask_decoders[name](
+        image_embeddings=image_embedding.repeat_interleave(num_channels, dim=0),
+        image_positional_embeddings=position,
+        sparse_prompt_embeddings=None,
+        dense_prompt_embeddings=no_mask.repeat(batch_size, 1)[:, :, None, None],
+        multimask_output=False,
+    )
+    return masks.reshape(batch_size, num_channels, 4 * height, 4 * width)
 
 
 def untrained_parts(decoder: nn.Module) -> list[str]:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import SamConfig, SamModel
 
 from .decoder import single_channel_config
+from .loading import check_plain
 from .modeling import MSamForMultiTask
 
 
@@ -27,7 +28,7 @@ def task_to_sam(model: PeftModel | MSamForMultiTask, task: str, sam: SamModel | 
 
     Raises:
         TypeError: `model` is no mSAM.
-        ValueError: The task is unknown or has several output channels.
+        ValueError: The task is unknown or has several output channels; or the model is quantised, sharded or offloaded.
     """
     msam = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(msam, MSamForMultiTask):
@@ -37,6 +38,7 @@ def task_to_sam(model: PeftModel | MSamForMultiTask, task: str, sam: SamModel | 
     channels = msam.task_specs[task].num_channels
     if channels != 1:
         raise ValueError(f"A SamModel has one output channel, the task '{task}' has {channels}.")
+    check_plain(msam, "The mSAM", "a SamModel has plain weights, so export it from one that is not.")
     if isinstance(model, PeftModel):
         msam = _merged(model, task)
     exported = SamModel(_sam_config(msam)).to(dtype=msam.dtype, device=msam.device)

@@ -64,7 +64,7 @@ def check_plain(model: nn.Module, name: str, instead: str) -> None:
     """
     state = model.state_dict()
     on_meta = [key for key, value in state.items() if value.device.type == "meta"]
-    if on_meta and (len(on_meta) < len(state) or hasattr(model, "hf_device_map")):
+    if on_meta and (len(on_meta) < len(state) or any(hasattr(module, "_hf_hook") for module in model.modules())):
         raise ValueError(f"{name} is offloaded ('{on_meta[0]}' is not in memory): {instead.format('device_map')}")
     for key, value in state.items():
         if type(value) is not torch.Tensor or not value.is_floating_point():

@@ -17,7 +17,6 @@ from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamPositionalEmbedding,
     SamPreTrainedModel,
-    SamVisionEncoder,
 )
 from transformers.utils import ModelOutput
 
@@ -25,8 +24,8 @@ from ..auxiliary import auxiliary_loss
 from ..routing.router import TaskRequest
 from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
-from .decoder import MSamTokenDecoder, token_decoder_state
-from .encoder import encode_mixed, encode_tasks, encode_trunk
+from .decoder import MSamTokenDecoder, decode, token_decoder_state
+from .encoder import MSamVisionEncoder, embeddings_by_task, encode_mixed, encode_tasks, given_embeddings
 from .frozen import TaskDecoders
 from .interpolation import encoder_state_for
 from .loading import check_plain, load_sam
@@ -104,7 +103,7 @@ class MSamForMultiTask(SamPreTrainedModel):
             )
         self.task_specs: dict[str, TaskSpec] = config.task_specs
         self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
-        self.vision_encoder = SamVisionEncoder(config.vision_config)
+        self.vision_encoder = MSamVisionEncoder(config.vision_config)
         # the decoder is no PreTrainedModel and would not learn of it otherwise
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         hidden_size = config.mask_decoder_config.hidden_size
@@ -207,11 +206,12 @@ class MSamForMultiTask(SamPreTrainedModel):
 
         return load_adapter(path_or_hub_id, base_model=base_model, **kwargs)
 
-    def get_image_wide_positional_embeddings(self) -> torch.Tensor:
-        """SAM's dense positional encoding, (1, C, h, w)."""
+    def get_image_wide_positional_embeddings(self, device: torch.device | None = None) -> torch.Tensor:
+        """SAM's dense positional encoding, (1, C, h, w), on `device` where the weight for it is not in memory."""
         weight = self.shared_image_embedding.positional_embedding
+        device = weight.device if device is None or weight.device.type != "meta" else device
         size = self.config.grid_size
-        centres = (torch.arange(size, device=weight.device, dtype=weight.dtype) + 0.5) / size
+        centres = (torch.arange(size, device=device, dtype=weight.dtype) + 0.5) / size
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         return self.shared_image_embedding(torch.stack([x, y], dim=-1)).permute(2, 0, 1)[None]
 
@@ -265,16 +265,21 @@ class MSamForMultiTask(SamPreTrainedModel):
         if task_ids is None:
             names, image_index = wanted_tasks(self.task_specs, tasks), None
             check_all_labels(self.task_specs, labels, batch_size, dict.fromkeys(names))
-            embeddings = self._embeddings_of_tasks(pixel_values, trunk_states, image_embeddings, names, task_chunk)
+            if image_embeddings is None:
+                embeddings = encode_tasks(self, pixel_values, trunk_states, names, task_chunk)
+            else:
+                embeddings = given_embeddings(image_embeddings, names)
         else:
             if tasks is not None:
                 raise ValueError(f"Give either tasks ({tasks!r}) or task_ids, not both.")
             ids = checked_task_ids(self.task_specs, task_ids, batch_size, self.device)
             image_index = {name: torch.nonzero(ids == t).flatten() for t, name in enumerate(self.task_specs)}
             check_all_labels(self.task_specs, labels, batch_size, image_index)
-            embeddings = self._embeddings_of_images(pixel_values, trunk_states, image_embeddings, ids, image_index)
+            if image_embeddings is None:
+                image_embeddings = encode_mixed(self, pixel_values, trunk_states, ids)
+            embeddings = embeddings_by_task(image_embeddings, image_index)
 
-        logits = {name: self._decode(name, embedding) for name, embedding in embeddings.items()}
+        logits = {name: decode(self, name, embedding) for name, embedding in embeddings.items()}
         loss, losses = None, None
         if labels is not None:
             losses = task_losses(self, logits, labels, image_index, loss_divisors)
@@ -297,7 +302,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         They are those of the adapters that are active now.
         """
         check_inputs(self.config, pixel_values, None, None)
-        return encode_trunk(self, pixel_values)
+        return self.vision_encoder(pixel_values, trunk_only=True)
 
     def keep_tasks(self, names: Sequence[str]) -> None:
         """Drop the decoders and embeddings of all other tasks, for good.
@@ -330,70 +335,3 @@ class MSamForMultiTask(SamPreTrainedModel):
         """
         image_size = self.config.vision_config.image_size
         return post_process(output.logits, self.task_specs, target_sizes, image_size, output.image_index)
-
-    def _embeddings_of_tasks(
-        self,
-        pixel_values: torch.Tensor | None,
-        trunk_states: torch.Tensor | None,
-        image_embeddings: Any,
-        names: list[str],
-        task_chunk: int | None,
-    ) -> dict[str, torch.Tensor]:
-        if image_embeddings is None:
-            return encode_tasks(self, pixel_values, trunk_states, names, task_chunk)
-        if isinstance(image_embeddings, torch.Tensor):
-            if len(names) != 1:
-                raise ValueError(
-                    f"image_embeddings is one tensor, but {len(names)} tasks are wanted ({names}): pass one task, "
-                    "task_ids, or a dict {task: tensor}."
-                )
-            return {names[0]: image_embeddings}
-        missing = [name for name in names if name not in image_embeddings]
-        if missing:
-            raise ValueError(f"image_embeddings has no entry for {missing}, only for {list(image_embeddings)}.")
-        return {name: image_embeddings[name] for name in names}
-
-    def _embeddings_of_images(
-        self,
-        pixel_values: torch.Tensor | None,
-        trunk_states: torch.Tensor | None,
-        image_embeddings: Any,
-        ids: torch.Tensor,
-        image_index: Mapping[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
-        if isinstance(image_embeddings, Mapping):
-            raise ValueError("With task_ids, image_embeddings must be one tensor (B, C, h, w), got a dict.")
-        embedding = image_embeddings
-        if embedding is None:
-            embedding = encode_mixed(self, pixel_values, trunk_states, ids)
-        return {name: embedding[rows.to(embedding.device)] for name, rows in image_index.items()}
-
-    def _decode(self, name: str, image_embedding: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) -> (B, N, 4h, 4w)."""
-        batch_size, _, height, width = image_embedding.shape
-        if batch_size == 0:
-            return image_embedding.new_zeros(0, self.task_specs[name].num_channels, 4 * height, 4 * width)
-        if self._decodes_tokens:
-            # called, not read: an adapter may have replaced it
-            no_mask = self.no_mask_embeds[name](torch.zeros(1, dtype=torch.long, device=image_embedding.device))
-            return self.mask_decoders[name](
-                image_embeddings=image_embedding,
-                image_positional_embeddings=self.get_image_wide_positional_embeddings(),
-                dense_prompt_embeddings=no_mask[:, :, None, None],
-            )
-        return self._decode_prompts(name, image_embedding)
-
-    def _decode_prompts(self, name: str, image_embedding: torch.Tensor) -> torch.Tensor:
-        """One decoder input per image and channel."""
-        batch_size, _, height, width = image_embedding.shape
-        num_channels = self.task_specs[name].num_channels
-        channels = torch.arange(num_channels, device=image_embedding.device)
-        no_mask = self.no_mask_embeds[name](channels).repeat(batch_size, 1)
-        masks, _ = self.mask_decoders[name](
-            image_embeddings=image_embedding.repeat_interleave(num_channels, dim=0),
-            image_positional_embeddings=self.get_image_wide_positional_embeddings(),
-            sparse_prompt_embeddings=None,
-            dense_prompt_embeddings=no_mask[:, :, None, None],
-            multimask_output=False,
-        )
-        return masks.reshape(batch_size, num_channels, 4 * height, 4 * width)

@@ -372,6 +372,20 @@ def use_task(model: nn.Module, task: TaskRequest) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def using_ids(model: nn.Module, ids: int | torch.Tensor) -> Iterator[None]:
+    """Like [`use_task`] with ids that are known to be right, those of a model whose adapters all have its own tasks.
+
+    Args:
+        model: A model, which may have no task-aware layer at all.
+        ids: The index of one task, or a LongTensor (B,) of one per sample.
+    """
+    with ExitStack() as stack:
+        for router in find_routers(model):
+            stack.enter_context(router.using(Routing(dict.fromkeys(router.tasks, ids), source=ids)))
+        yield
+
+
 def checkpoint_context() -> tuple[Any, Any]:
     """The `context_fn` for `torch.utils.checkpoint.checkpoint`: the replay uses the tasks of the forward.
 

@@ -37,8 +37,22 @@ class TALoraLayer(PluginLayer):
         self.enable_qkv: dict[str, list[bool] | None] = {}
         self.ortho_reg_weight: dict[str, float] = {}
         self.talora_dropout = nn.ModuleDict({})
+        # the one task that the layer belongs to, whatever the forward is for; None outside of the decoders of an mSAM
+        self.own_task: str | None = None
         # the task that each merged adapter was merged for
         self.merged_tasks: dict[str, int] = {}
+
+    @property
+    def is_task_aware(self) -> bool:
+        """Whether the output depends on the task that the forward is for."""
+        is_active = not self.disable_adapters and any(name in self.talora_G for name in self.active_adapters)
+        return is_active and self.own_task is None
+
+    def task_of(self, adapter_name: str) -> int | torch.Tensor:
+        """The index of the layer's task now, or of each sample's task, a LongTensor (B,)."""
+        if self.own_task is None:
+            return self.task_router.task_of(adapter_name)
+        return self.task_router.tasks[adapter_name].index(self.own_task)
 
     def update_layer(self, adapter_name: str, config: TALoraConfig, name: str = "") -> None:
         """Add the factors of the adapter `adapter_name`.
@@ -226,7 +240,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
         result_dtype = result.dtype
         for adapter_name in self.active_adapters:
             if adapter_name in self.talora_G:
-                hidden = self._hidden(adapter_name, x, self.task_router.task_of(adapter_name))
+                hidden = self._hidden(adapter_name, x, self.task_of(adapter_name))
                 result = add_product(result, hidden, self._padded_U2(adapter_name))
         return result.to(result_dtype)
 
@@ -237,7 +251,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
         inputs, outputs = by_sample(x, len(adapter_names)), by_sample(result, len(adapter_names))
         for adapter_name in sorted(self.talora_G.keys() & set(adapter_names)):
             samples = samples_of(adapter_name, adapter_names, x.device)
-            task = self.task_router.task_of(adapter_name)
+            task = self.task_of(adapter_name)
             if isinstance(task, torch.Tensor):
                 task = task.to(x.device)[samples]
             hidden = self._hidden(adapter_name, inputs[samples].flatten(0, 1), task)
@@ -287,7 +301,9 @@ class TALoraLinear(nn.Module, TALoraLayer):
 
     def _check_replay(self, adapter_name: str) -> None:
         """Refuse a replay by activation checkpointing that does not know the tasks of its forward."""
-        if torch.compiler.is_compiling() or not in_backward() or len(self.task_router.tasks[adapter_name]) == 1:
+        if torch.compiler.is_compiling() or not in_backward():
+            return
+        if self.own_task is not None or len(self.task_router.tasks[adapter_name]) == 1:
             return
         if not replaying():
             raise RuntimeError(
@@ -300,7 +316,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
         """Refuse a forward for another task than the one in the merged weights."""
         for adapter_name in self.merged_adapters:
             tasks = self.task_router.tasks[adapter_name]
-            merged, wanted = self.merged_tasks[adapter_name], self.task_router.task_of(adapter_name)
+            merged, wanted = self.merged_tasks[adapter_name], self.task_of(adapter_name)
             if isinstance(wanted, torch.Tensor):
                 if torch.compiler.is_compiling():
                     continue
@@ -314,14 +330,14 @@ class TALoraLinear(nn.Module, TALoraLayer):
                 )
 
     def get_delta_weight(self, adapter: str, task: int | None = None) -> torch.Tensor:
-        """dW_t (k, d) of an adapter, for the task index `task`, or its active task.
+        """dW_t (k, d) of an adapter, for the task index `task`, or its active task, or the only task of the layer.
 
         Args:
             adapter: The adapter's name.
             task: The task's index; the adapter's active task when None.
         """
         if task is None:
-            task = self.task_router.active[adapter]
+            task = self.task_router.active[adapter] if self.own_task is None else self.task_of(adapter)
         U1, U2 = self.talora_U1[adapter], self._padded_U2(adapter)
         core, dtype = self._core(adapter, task), U1.dtype
         # half precision products are slow, or missing, on CPUs
@@ -339,7 +355,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
         for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
             if adapter_name not in self.talora_G:
                 continue
-            task = self.task_router.task_of(adapter_name)
+            task = self.task_of(adapter_name)
             if isinstance(task, torch.Tensor):
                 raise ValueError("Only one task can be merged: leave use_task(...) with one task per sample first.")
             merged = self.merged_tasks.get(adapter_name, task)

@@ -10,8 +10,8 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
-from ..msam_adapter import is_msam
-from ..routing.hooks import add_task_hook, remove_task_hook
+from ..msam_adapter import is_msam, task_of_module
+from ..routing.hooks import add_task_hook, names_task_ids, remove_task_hook
 from ..routing.mixed_batch import check_adapter_names, route_adapters, saved_modules_use
 from ..routing.router import TaskRequest, TaskRouter, find_routers, set_task, task_index, use_task
 from ..routing.signature import hide_task_ids, show_task_ids
@@ -92,6 +92,11 @@ class TALoraModel(PluginTuner):
     def _layer_kwargs(self) -> dict[str, Any]:
         return {"task_router": self.task_router}
 
+    def _create_new_module(self, peft_config: Any, adapter_name: str, target: nn.Module, name: str) -> TALoraLayer:
+        layer = super()._create_new_module(peft_config, adapter_name, target, name)
+        layer.own_task = task_of_module(self.model, name)
+        return layer
+
     def _add_hooks(self) -> None:
         super()._add_hooks()
         add_task_hook(self.model, self.task_router)
@@ -134,13 +139,19 @@ class TALoraModel(PluginTuner):
         return model
 
     def _tasks_once_merged(self, adapter_names: list[str] | None) -> list[str]:
-        """The names of the tasks whose updates the weights hold once the adapters are merged, too."""
-        names, tasks = self.task_router.tasks, set()
+        """The names of the tasks whose updates the weights hold once the adapters are merged, too.
+
+        The layers of a task's decoder hold that task's; where no other layer is tuned, the active task counts.
+        """
+        router, tasks, active = self.task_router, set(), set()
         for layer in self.model.modules():
             if isinstance(layer, TALoraLayer):
                 for adapter_name, task in {**layer.merged_tasks, **layer.tasks_to_merge(adapter_names)}.items():
-                    tasks.add(names[adapter_name][task])
-        return sorted(tasks)
+                    names = router.tasks[adapter_name]
+                    active.add(names[router.active[adapter_name]])
+                    if layer.own_task is None:
+                        tasks.add(names[task])
+        return sorted(tasks or active)
 
     def set_task(self, task: str | int) -> None:
         """Make `task` (a name or an index) the active one until the next call."""
@@ -163,7 +174,7 @@ class TALoraModel(PluginTuner):
     ) -> Iterator[None]:
         if isinstance(task_ids, str | int):
             raise ValueError(f"task_ids takes one task per sample, got {task_ids!r}; use use_task for a single task.")
-        if adapter_names is None and task_ids is None:
+        if adapter_names is None and (task_ids is None or names_task_ids(self.model)):
             yield
             return
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))

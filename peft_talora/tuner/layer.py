@@ -24,6 +24,9 @@ class PluginLayer(BaseTunerLayer):
         TypeError: The size of the layer's input and output is not known.
     """
 
+    # whether the output depends on the task that the forward is for
+    is_task_aware = False
+
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(

@@ -573,6 +573,30 @@ class TestFiles:
             MSamForMultiTask(MSamConfig())
 
 
+class TestKeepTasks:
+    def test_of_an_untuned_model(self, sam):
+        msam, pixels = move_saved_modules(tuned(sam)).unload(), images()
+        with torch.no_grad():
+            msam.mask_decoders["depth"].upscale_conv1.weight.mul_(1.5)
+        expected = predict(msam, pixels)
+        assert differ(expected["depth"], expected["semantic"][:, :1])
+        msam.keep_tasks(["normals", "depth"])
+        assert msam.config.task_names == ["depth", "normals"]
+        assert_same(predict(msam, pixels), {name: expected[name] for name in ("depth", "normals")})
+
+    @pytest.mark.parametrize("config", [talora_config, lora_config])
+    def test_of_a_tuned_model_it_is_refused(self, sam, config):
+        """Its adapter stays one of all tasks: kept tasks would get the updates of others, or files that do not load."""
+        msam = make(sam)
+        model, pixels = move_saved_modules(get_peft_model(msam, config(msam))), images()
+        expected = predict(model, pixels)
+        with pytest.raises(ValueError, match=r"without an adapter.*pass tasks=\['depth'\].*merge or unload"):
+            model.keep_tasks(["depth"])
+        assert_same(predict(model, pixels), expected)
+        merged = model.merge_and_unload()
+        merged.keep_tasks([merged.config.task_names[0]])
+
+
 class TestMerge:
     def test_merge_and_unload_leaves_an_msam_of_the_active_task(self, sam):
         model, pixels = tuned(sam), images()
