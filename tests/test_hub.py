@@ -13,7 +13,17 @@ from unittest.mock import create_autospec
 import huggingface_hub.constants
 import pytest
 import torch
-from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModel,
+    BOFTConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from small_models import move_saved_modules
 from torch import nn
@@ -171,6 +181,199 @@ with torch.no_grad():
         with pytest.raises(FileNotFoundError, match=str(sam_path)):
             FROM_ADAPTER(tmp_path / "adapter")
         FROM_ADAPTER(tmp_path / "adapter", base_model=tmp_path / "moved")
+
+
+class TestArguments:
+    @pytest.fixture
+    def path(self, sam_path, tmp_path):
+        model = make(sam_path)
+        model.set_task("depth")
+        return save_adapter(model, tmp_path / "adapter")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float64])
+    def test_dtype(self, path, sam, pixels, dtype):
+        model = FROM_ADAPTER(path, base_model=sam, dtype=dtype)
+        msam = model.get_base_model()
+        expected = torch.float64 if dtype is torch.float64 else torch.bfloat16
+        assert msam.dtype == msam.vision_encoder.layers[0].attn.qkv.base_layer.weight.dtype == expected
+        # in half precision the adapter's own numbers stay as PEFT has them
+        factor = msam.vision_encoder.layers[0].attn.qkv.talora_U1["default"]
+        assert factor.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+        assert sam.dtype == torch.float32
+        if expected == torch.float64:
+            torch.testing.assert_close(
+                predict(model, pixels.double())["depth"].float(),
+                predict(FROM_ADAPTER(path, base_model=sam), pixels)["depth"],
+                rtol=1e-3,
+                atol=1e-3,
+            )
+
+    @pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), "auto", {"": "cpu"}, "sequential"])
+    def test_device_map(self, path, sam, pixels, device_map):
+        model = FROM_ADAPTER(path, base_model=sam, device_map=device_map)
+        assert_same(predict(model, pixels), predict(FROM_ADAPTER(path, base_model=sam), pixels))
+
+    def test_to_another_device(self, path, sam):
+        model = FROM_ADAPTER(path, base_model=sam, device_map="meta")
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+    def test_adapter_name(self, path, sam, pixels):
+        model = FROM_ADAPTER(path, base_model=sam, adapter_name="rooms")
+        assert model.active_adapters == ["rooms"] and list(model.peft_config) == ["rooms"]
+        assert_same(predict(model, pixels), predict(FROM_ADAPTER(path, base_model=sam), pixels))
+        model.load_adapter(path, "second")
+        assert list(model.peft_config) == ["rooms", "second"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"adapter_name": "a.b"}, "`adapter_name` must be a name without dots, got 'a.b'"),
+            ({"adapter_name": ""}, "`adapter_name` must be a name without dots, got ''"),
+            ({"dtype": "int8"}, "`dtype` must be a floating point type .* got 'int8'"),
+            ({"dtype": "bf16"}, "`dtype` must be a floating point type .* got 'bf16'"),
+        ],
+    )
+    def test_impossible_ones(self, path, sam, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            FROM_ADAPTER(path, base_model=sam, **arguments)
+
+    def test_the_active_task_travels(self, path, sam):
+        assert FROM_ADAPTER(path, base_model=sam).active_task == "depth"
+
+    def test_a_base_that_has_an_adapter(self, path, sam, pixels):
+        msam = MSamForMultiTask.from_sam(sam, TASKS, image_size=48)
+        model = FROM_ADAPTER(path, base_model=msam)
+        expected = predict(model, pixels)
+        with pytest.raises(ValueError, match=r"has an adapter already \('default'\).*load_adapter\(directory"):
+            FROM_ADAPTER(path, base_model=msam)
+        assert_same(predict(model, pixels), expected)
+        # the way that the error names keeps both
+        model.load_adapter(path, "another name")
+        for name in ("another name", "default"):
+            model.set_adapter(name)
+            assert_same(predict(model.eval(), pixels), expected)
+
+
+class TestReading:
+    @pytest.fixture
+    def path(self, sam_path, tmp_path):
+        return save_adapter(make(sam_path), tmp_path / "adapter")
+
+    @pytest.fixture
+    def events(self):
+        """What happens to files, `(event, path, ...)`, while the test runs."""
+        seen, active = [], True
+
+        def hook(event, args):
+            if active and (event == "open" or event.startswith("os.")):
+                seen.append((event, *map(str, args)))
+
+        sys.addaudithook(hook)  # for good
+        yield seen
+        active = False
+
+    @pytest.mark.parametrize("is_trainable", [False, True])
+    def test_every_file_once(self, path, sam, events, is_trainable):
+        FROM_ADAPTER(path, base_model=sam, is_trainable=is_trainable)
+        opened = [name for event, name, *_ in events if event == "open"]
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert opened.count(str(path / name)) == 1, opened
+
+    @pytest.mark.parametrize("moved", [[], ["adapter_config.json"]])
+    def test_nothing_is_written(self, path, sam_path, sam, pixels, events, moved):
+        """Not even where a save was interrupted: the folder may be read-only."""
+        second = make(sam_path, scaling=2.0)
+        pending = save_adapter(second, path / files_module.PENDING)
+        for name in moved:
+            (pending / name).rename(path / name)
+        events.clear()
+        loaded = FROM_ADAPTER(path, base_model=sam)
+        touched = [event for event in events if event[1].startswith(str(path))]
+        assert {event for event, *_ in touched} <= {"open", "os.listdir", "os.scandir"}
+        assert {mode for event, _, mode, *_ in touched if event == "open"} == {"r"}
+        assert_same(predict(loaded, pixels), predict(second, pixels))
+
+    def test_beside_a_writer(self, path, sam_path, sam, pixels, monkeypatch):
+        """Another save comes between the two files."""
+        second = make(sam_path, scaling=2.0)
+        read_bytes, calls = Path.read_bytes, []
+
+        def read(file):
+            calls.append(file.name)
+            if len(calls) == 1:
+                content = read_bytes(file)
+                save_adapter(second, path)
+                return content
+            return read_bytes(file)
+
+        monkeypatch.setattr(Path, "read_bytes", read)
+        loaded = FROM_ADAPTER(path, base_model=sam)
+        assert_same(predict(loaded, pixels), predict(second, pixels))
+
+    def test_every_number_is_looked_at_once(self, path, sam, monkeypatch):
+        looked_at, isfinite = [], torch.isfinite
+        monkeypatch.setattr(torch, "isfinite", lambda value: (looked_at.append(value.shape), isfinite(value))[1])
+        FROM_ADAPTER(path, base_model=sam)
+        assert len(looked_at) == len([t for t in load_file(path / "adapter_model.safetensors").values() if t.numel()])
+
+
+class TestWhatCouldNotBeLoadedAgain:
+    """The other tuners of PEFT on an mSAM, and uses of LoRA that go wrong: loaded as saved, or not saved."""
+
+    def config(self, kind, msam):
+        saved = {"modules_to_save": default_modules_to_save(msam)}
+        return {
+            "loha": lambda: LoHaConfig(r=2, target_modules=["qkv"], **saved),
+            "ia3": lambda: IA3Config(target_modules=["qkv"], feedforward_modules=[], **saved),
+            "vera": lambda: VeraConfig(r=2, target_modules=["qkv"], save_projection=False, **saved),
+            "norms": lambda: LNTuningConfig(target_modules=["layer_norm1"], modules_to_save=["mask_decoders.depth"]),
+            "dora": lambda: LoraConfig(r=2, target_modules=["qkv"], use_dora=True, **saved),
+            "biases": lambda: LoraConfig(r=2, target_modules=["qkv"], bias="all", **saved),
+            "pissa": lambda: LoraConfig(r=2, target_modules=["qkv"], init_lora_weights="pissa", **saved),
+            "boft": lambda: BOFTConfig(boft_block_size=4, target_modules=["qkv"], **saved),
+            "by chance": lambda: LoraConfig(r=2, target_modules=["qkv"], init_lora_weights="pissa_niter_2", **saved),
+            "nested": lambda: TALoraConfig(r=2, modules_to_save=["mask_decoders.depth", "layer_norm1"]),
+        }[kind]()
+
+    def tuned(self, sam, kind):
+        msam = MSamForMultiTask.from_sam(sam, TASKS, image_size=48)
+        model = move_saved_modules(get_peft_model(msam, self.config(kind, msam)))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "modules_to_save" not in name:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        return model.eval()
+
+    @pytest.mark.parametrize("kind", ["loha", "ia3", "vera", "norms", "dora", "biases", "pissa"])
+    def test_saved_and_loaded(self, sam, pixels, tmp_path, kind):
+        model = self.tuned(sam, kind)
+        save_adapter(model, tmp_path / "adapter")
+        assert_same(predict(FROM_ADAPTER(tmp_path / "adapter", base_model=sam), pixels), predict(model, pixels))
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [
+            (
+                "boft",
+                r"not saved: .*/adapter/adapter_config\.json describes no adapter that PEFT can put on an MSamFor",
+            ),
+            ("by chance", "init_lora_weights='pissa_niter_2' changed the SAM's own weights"),
+            ("nested", r"not saved: .*/adapter/adapter_model\.safetensors cannot be loaded .*layer_norm1"),
+        ],
+    )
+    def test_refused(self, sam, tmp_path, kind, message):
+        model = self.tuned(sam, kind)
+        with pytest.raises(ValueError, match=message):
+            save_adapter(model, tmp_path / "adapter")
+        assert not list(tmp_path.iterdir())
+
+    def test_two_active_adapters(self, sam, tmp_path):
+        model = make(sam, modules_to_save=[])
+        model.add_adapter("second", talora(None, modules_to_save=[]))
+        model.base_model.set_adapter(["default", "second"])
+        with pytest.raises(ValueError, match=r"One adapter is saved, but \['default', 'second'\] are active"):
+            save_adapter(model, tmp_path / "adapter")
 
 
 class TestSaveAdapter:

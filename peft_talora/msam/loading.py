@@ -32,7 +32,7 @@ def checkpoint_type(name_or_path: str | Path) -> str:
         FileNotFoundError: There is no such checkpoint.
     """
     try:
-        return AutoConfig.from_pretrained(_source(name_or_path)).model_type
+        return AutoConfig.from_pretrained(_source(name_or_path), trust_remote_code=False).model_type
     except OSError as error:
         raise _not_found(name_or_path, error) from error
 

@@ -117,7 +117,7 @@ class SavedAdapter:
             twin = weightless_twin(msam, self.config)
         except Exception as error:  # each of PEFT's tuners has its own
             raise ValueError(
-                f"{file} describes no adapter that PEFT can put on an {type(msam).__name__} without weights: {error}"
+                f"{file} describes no adapter that PEFT can put on an {type(msam).__name__} without weights: {_line(error)}"
             ) from error
         check_tensors(weights, self.tensors, adapter_tensors(twin))
         self._check_settings()
@@ -126,7 +126,7 @@ class SavedAdapter:
         try:
             try_to_load(twin, self.tensors)
         except (ValueError, KeyError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{weights} cannot be loaded into the adapter of {file.name}: {error}") from error
+            raise ValueError(f"{weights} cannot be loaded into the adapter of {file.name}: {_line(error)}") from error
 
     def _check_settings(self) -> None:
         if isinstance(self.config, TargetsConfig):
@@ -165,6 +165,11 @@ def _parse_config(values: Mapping[str, Any], file: Path) -> PeftConfig:
         return config_class.from_peft_type(**config_class.check_kwargs(**values))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _line(error: Exception) -> str:
+    """Its first line; torch's go on with what happened in C++."""
+    return f"{str(error).strip().partition(chr(10))[0]:.500}"
 
 
 def _why_missing(directory: Path, name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 # matching the names of a large model's modules takes a few milliseconds
-TIMEOUT = 0.7
+TIMEOUT = 0.5
 # what PEFT makes of the entries of a configuration; as one process for all, since a match cannot be interrupted
 _MATCH = """
 import json, re, sys

@@ -41,6 +41,23 @@ class TestValidation:
             ({"r": True}, "`r` must be a positive integer, got True"),
             ({"talora_dropout": -0.1}, r"`talora_dropout` must be in \[0, 1\), got -0\.1"),
             ({"talora_dropout": 1.0}, r"`talora_dropout` must be in \[0, 1\), got 1\.0"),
+            ({"talora_dropout": "0.1"}, r"`talora_dropout` must be in \[0, 1\), got '0\.1'"),
+            ({"talora_dropout": False}, r"`talora_dropout` must be in \[0, 1\), got False"),
+            ({"scaling": float("nan")}, "`scaling` must be a finite number, got nan"),
+            ({"scaling": float("-inf")}, "`scaling` must be a finite number, got -inf"),
+            ({"scaling": "0.5"}, r"`scaling` must be a finite number, got '0\.5'"),
+            ({"scaling": None}, "`scaling` must be a finite number, got None"),
+            ({"scaling": True}, "`scaling` must be a finite number, got True"),
+            ({"scaling": 10**400}, "`scaling` must be a finite number, got 10"),
+            ({"scaling": [0.5]}, r"`scaling` must be a finite number, got \[0\.5\]"),
+            ({"ortho_reg_weight": float("nan")}, "`ortho_reg_weight` must be a finite number, got nan"),
+            ({"ortho_reg_weight": "1"}, "`ortho_reg_weight` must be a finite number, got '1'"),
+            ({"r": "8"}, "`r` must be a positive integer, got '8'"),
+            ({"r": float("nan")}, "`r` must be a positive integer, got nan"),
+            ({"tasks": 3}, "expected a list of task names, got 3"),
+            ({"enable_qkv": True}, r"three booleans .* got True"),
+            ({"target_modules": "qkv("}, r"`target_modules` must be names or a regular expression, got 'qkv\('"),
+            ({"exclude_modules": "*"}, r"`exclude_modules` must be names or a regular expression, got '\*'"),
             ({"enable_qkv": [True, False]}, r"three booleans .* got \[True, False\]"),
             ({"enable_qkv": [True, False, 1]}, r"three booleans .* got \[True, False, 1\]"),
             ({"enable_qkv": [False] * 3}, "at least one of q, k and v"),
@@ -68,6 +85,19 @@ class TestValidation:
         assert config.init_weights == "split" and config.ortho_reg_weight == 0.0 and config.talora_dropout == 0.0
         config = TALoraConfig(r=8, r_in=5, r_out=7)
         assert (config.rank_in, config.rank_out) == (5, 7)
+
+    @pytest.mark.parametrize("ranks", [{}, {"r_task": 8, "r_out": 4}])
+    def test_tasks_that_start_alike_are_a_warning(self, sam, ranks, recwarn):
+        tasks = ["a", "b", "c", "d", "e"]
+        with pytest.warns(UserWarning, match=r"the 5 tasks share 4 LoRAs .* 'a' and 'e' start alike: set r_task"):
+            get_peft_model(sam, TALoraConfig(tasks=tasks, **{"r": 6, **ranks}))
+        recwarn.clear()
+        for config in ({"r_task": 5}, {"tasks": tasks[:4]}, {"init_weights": "lora"}):
+            tuned(
+                nn.Sequential(nn.Linear(6, 6)),
+                **{"tasks": tasks, "target_modules": ["0"], "r": 6, "r_task": 4, **config},
+            )
+        assert not [warning for warning in recwarn if "start alike" in str(warning.message)]
 
     def test_tasks_are_required_of_a_model_that_has_none(self, sam):
         with pytest.raises(ValueError, match=r"TALoraConfig\.tasks is required for a SamModel"):
