@@ -103,10 +103,18 @@ def mask_from_numbers(values: np.ndarray, numbers: Numbers, num_channels: int) -
             f"a mask with {_WHITE}, which means unlabelled, and without 1: say `threshold: 128` where white is what is "
             f"to be found, `ignore: {_WHITE}` where it is unlabelled"
         )
+    if (values == -1).any() and (values == 1).any() and not ((values == 0) | numbers.is_ignored(values)).any():
+        raise ValueError(
+            "a mask of -1 and 1, where -1 means unlabelled, so that nothing in it is negative: say `threshold: 0` where -1 is "
+            "what is not to be found, `ignore: -1` where it is unlabelled"
+        )
     ignored |= (values < 0) | (white & (not numbers.ignore))
     odd = values[~ignored & (values != 0) & (values != 1)]
     if odd.size:
-        raise ValueError(f"a mask holds 0 and 1, this one {odd[0]:g}: say `threshold` for other masks")
+        raise ValueError(
+            f"a mask holds 0 and 1, this one {odd[0]:g}: say `threshold` for other masks"
+            + (", such as 0.5 for probabilities" if odd.max() < 1 else "")
+        )
     return np.where(ignored, _UNLABELLED, values).astype(np.int64)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,21 +58,59 @@ def draw_classes(classes: np.ndarray, labelled: np.ndarray, value_range: Range |
 def classes_from_numbers(values: np.ndarray, numbers: Numbers, num_channels: int) -> np.ndarray:
     """A file's numbers (1, H, W) as classes, int64 (H, W)."""
     values = values[0]
-    ignored = numbers.is_ignored(values) | (values < 0)
-    classes = np.nan_to_num(values, nan=_NO_CLASS).astype(np.int64)
-    classes[ignored] = _NO_CLASS
+    if np.issubdtype(values.dtype, np.floating):
+        values = _whole_numbers(values)
+    classes = values.astype(np.int64)
+    classes[numbers.is_ignored(values) | (values < 0)] = _NO_CLASS
     if numbers.class_map is not None:
-        mapped = np.full(classes.shape, _NO_CLASS)
-        for number, label in numbers.class_map.items():
-            mapped[(classes == number) & ~ignored] = label
-        return mapped
+        return _mapped(classes, numbers.class_map)
+    first = numbers.own.get("first_class", 0)
+    if first:
+        classes = np.where(classes < first, _NO_CLASS, classes - first)
     largest = classes.max(initial=_NO_CLASS)
     if largest >= num_channels:
         raise ValueError(
-            f"class id {largest} is beyond the {num_channels} classes (0 to {num_channels - 1}); "
-            "numbers that mean no class belong into `ignore`"
+            f"class id {largest + first} is beyond the {num_channels} classes ({first} to {num_channels - 1 + first}); "
+            "numbers that mean no class belong into `ignore`" + _advice(classes, num_channels, first)
         )
     return classes
+
+
+def _whole_numbers(values: np.ndarray) -> np.ndarray:
+    known = np.isfinite(values)
+    soft = known & (values != np.floor(values))
+    if soft.any():
+        raise ValueError(
+            f"class ids are whole numbers, this map holds {values[soft][0]:g}: of probabilities save the largest one's class"
+        )
+    return np.where(known, values, _NO_CLASS)
+
+
+def _mapped(classes: np.ndarray, class_map: Mapping[int, int]) -> np.ndarray:
+    """Numbers through ``{number: class}``; what it does not have is unlabelled."""
+    known = np.array(sorted(class_map))
+    labels = np.array([class_map[number] for number in known.tolist()] + [_NO_CLASS])
+    place = np.searchsorted(known, classes)
+    place[(classes == _NO_CLASS) | (known[place.clip(max=len(known) - 1)] != classes)] = len(known)
+    return labels[place]
+
+
+def _advice(classes: np.ndarray, num_channels: int, first: int) -> str:
+    """What a class that is too large may come from."""
+    found = np.unique(classes[classes >= 0])
+    if not first and found[-1] == num_channels and found[0] > 0:
+        return "; where they are counted from 1, say `first_class: 1`"
+    if found[-1] in (254, 65535):
+        return f", as in `ignore: [{found[-1]}]`"
+    if found[-1] > 255:
+        return "; are these ids of instances, or class x 1000 + instance?"
+    return ""
+
+
+def _first_class(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ValueError("expected the number of the first class, an integer >= 0")
+    return value
 
 
 _CLASSES = TaskKind(
@@ -87,6 +128,7 @@ _CLASSES = TaskKind(
     largest_label=lambda num_channels: num_channels - 1,
     higher_is_better={"miou": True, "pixel_accuracy": True},
     file_fields=("class_names", "num_classes", "class_map", "ignore"),
+    own_fields={"first_class": _first_class},
     from_numbers=classes_from_numbers,
 )
 

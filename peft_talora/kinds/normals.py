@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,12 @@ ANGLE_THRESHOLDS = {"within_11": 11.25, "within_22": 22.5, "within_30": 30.0}
 
 # Keeps the gradient of the direction finite where the predicted vector is (almost) zero.
 _NORM_EPS = 1e-6
-# A normal that is shorter in its file says nothing: 8 bits leave unit vectors far above.
-_SHORTEST_NORMAL = 0.5
+# A normal that is shorter or longer in its file says nothing: 8 bits leave unit vectors near 1, and black has 1.73.
+_SHORTEST_NORMAL, _LONGEST_NORMAL = 0.5, 1.5
+# Most normals of a file have a length this near to 1; the shorter ones have been blurred.
+_LENGTH_TOLERANCE = 0.15
+_UNSIGNED = ((0.0, 1.0), (0.0, 255.0), (0.0, 65535.0))
+_RANGES = {np.uint8: (0.0, 255.0), np.uint16: (0.0, 65535.0)}
 
 
 def labelled_normals(labels: Tensor, ignore_index: int) -> Tensor:
@@ -90,14 +96,71 @@ def draw_normals(normals: np.ndarray, labelled: np.ndarray, value_range: Range |
 
 
 def normals_from_numbers(values: np.ndarray, numbers: Numbers, num_channels: int) -> np.ndarray:
-    """A file's numbers (3, H, W) as unit vectors, float32, zero where nothing is known."""
+    """A file's numbers (3, H, W) as unit vectors, float32, zero where nothing is known.
+
+    Unsigned numbers of 8 and 16 bits stand for -1 to 1, others for themselves, unless ``range`` says otherwise. Nothing is
+    known where all three are 0 (or the lowest number of the range), and where a vector's length is far from 1.
+    """
+    low, high = numbers.own.get("range") or _RANGES.get(values.dtype.type, (-1.0, 1.0))
     normals = values.astype(np.float64)
-    if values.dtype == np.uint8:
-        normals = np.where((values == 0).all(axis=0), 0.0, normals * 2 / 255 - 1)
+    if (low, high) != (-1.0, 1.0):
+        empty = (normals == low).all(axis=0) | (values == 0).all(axis=0)
+        normals = np.where(empty, 0.0, (normals - low) * (2 / (high - low)) - 1)
     length = np.linalg.norm(normals, axis=0)
-    known = np.isfinite(length) & (length >= _SHORTEST_NORMAL)
+    if numbers.own.get("normalize"):
+        known = np.isfinite(length) & (length > 0)
+    else:
+        known = np.isfinite(length) & (length >= _SHORTEST_NORMAL) & (length <= _LONGEST_NORMAL)
+        _check_lengths(values, length, (low, high))
     unit = np.where(known, normals, 0.0) / np.where(known, length, 1.0)
     return (unit * np.array(numbers.axes)[:, None, None]).astype(np.float32)
+
+
+def _check_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> None:
+    """Refuse vectors that most likely are not in the range that they were read as."""
+    given = np.isfinite(values).all(axis=0) & (values != 0).any(axis=0)
+    if not given.any():
+        return
+    low, high = float(values[:, given].min()), float(values[:, given].max())
+    right = 2 * (np.abs(length[given] - 1) <= _LENGTH_TOLERANCE).sum() >= given.sum()
+    if right and low < 0:
+        return
+    deviation = np.median(np.abs(length[given] - 1))
+    # (n + 1) / 2 has a length near 1, too: what lies nearer to it is what is meant
+    other = next((ends for ends in _UNSIGNED if low >= 0 and high <= ends[1]), None)
+    if (
+        other is not None
+        and other != ends
+        and _deviation(values[:, given], other) < min(deviation, _LENGTH_TOLERANCE) / 2
+    ):
+        cure = f"they are unit vectors where these stand for -1 and 1: say `range: [{other[0]:g}, {other[1]:g}]`"
+    elif right:
+        return
+    else:
+        cure = "say `range: [lowest, highest]`, the numbers that stand for -1 and 1, or `normalize: true` where only directions count"
+    raise ValueError(
+        f"normals are vectors of length 1, these (of numbers from {low:g} to {high:g}) have one of "
+        f"{np.median(length[given]):.2f}; {cure}"
+    )
+
+
+def _deviation(values: np.ndarray, ends: Range) -> float:
+    """How far from 1 the lengths of vectors (3, P) are where these numbers stand for -1 and 1, in the middle."""
+    length = np.linalg.norm((values - ends[0]) * (2.0 / (ends[1] - ends[0])) - 1, axis=0)
+    return float(np.median(np.abs(length - 1)))
+
+
+def _range(value: Any) -> Range:
+    numbers = isinstance(value, list) and len(value) == 2 and all(type(end) in (int, float) for end in value)
+    if not numbers or not -np.inf < value[0] < value[1] < np.inf:
+        raise ValueError("expected the two numbers that stand for -1 and 1, the lower one first")
+    return float(value[0]), float(value[1])
+
+
+def _true_or_false(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
 
 
 TASK_KINDS = {
@@ -121,6 +184,7 @@ TASK_KINDS = {
         },
         negated_by_flip=(0,),
         file_fields=("axes",),
+        own_fields={"range": _range, "normalize": _true_or_false},
         from_numbers=normals_from_numbers,
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,12 @@ def values_from_numbers(values: np.ndarray, numbers: Numbers, num_channels: int)
     return np.where(numbers.is_ignored(values), np.nan, scaled).astype(np.float32)
 
 
+def _channels(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(channel) is int and channel >= 0 for channel in value):
+        raise ValueError("expected a list of channels, counted from 0")
+    return tuple(value)
+
+
 TASK_KINDS = {
     "regression": TaskKind(
         channels=None,
@@ -66,6 +73,7 @@ TASK_KINDS = {
         higher_is_better={"mae": False},
         unit="value",
         file_fields=("num_channels", "scale", "offset", "ignore"),
+        own_fields={"mirrored": _channels},
         from_numbers=values_from_numbers,
     )
 }

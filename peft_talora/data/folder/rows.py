@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ...msam.tasks import TaskSpec
+from ...kinds import TaskSpec
 from ..columns import IMAGE_COLUMN, task_column
-from ..images import ARRAY_SUFFIX, IMAGE_SUFFIXES, read_image
-from .description import NAME, FolderDescription, TaskFiles, parse_description, read_description
+from ..extras import import_datasets
+from ..images import found_range, read_header, read_image
+from .description import FolderDescription, ImageReading, TaskFiles, parse_description, read_description
+from .files import FolderFiles, find_files
 from .labels import read_label
+from .splits import split_names
 
-_SUFFIXES = (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
+# So many images are looked into to find out how their numbers are meant.
+_LOOKED_INTO = 32
 
 
 def load_folder_dataset(folder: str | Path, description: Mapping[str, Any] | None = None) -> Any:
@@ -28,10 +32,12 @@ def load_folder_dataset(folder: str | Path, description: Mapping[str, Any] | Non
         description: What its ``dataset.yaml`` would say; default: read that.
 
     Returns:
-        A `datasets.DatasetDict` whose attribute ``tasks``, ``{name: TaskSpec}``, is what `detect_tasks` gives.
+        A `datasets.DatasetDict` with three more attributes: ``tasks``, ``{name: TaskSpec}``, is what `detect_tasks` gives,
+        ``description`` and ``files`` what was read and found.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no description in it.
+        ImportError: If `datasets` is not installed.
         ValueError: If the description is not possible or does not fit the files: no image, no label file of a task
             anywhere, a split that names an image that is not there. What is wrong with a label file is told when its
             row is read. Messages name the file and the field.
@@ -43,12 +49,11 @@ def load_folder_dataset(folder: str | Path, description: Mapping[str, Any] | Non
         parsed = read_description(folder)
     else:
         parsed = parse_description(description, str(folder))
-    images = _find(folder, parsed.images)
-    if not images:
-        raise ValueError(f"{parsed.source}: images: no image file fits {parsed.images!r} in {str(folder)!r}")
-    labels = _find_labels(folder, parsed, images)
-    splits = _split_names(folder, parsed, list(images))
-    return _dataset_dict(parsed, images, labels, splits)
+    files = find_files(folder, parsed)
+    splits = split_names(folder, parsed, files.images)
+    if parsed.reading.value_range is None:
+        parsed = replace(parsed, reading=replace(parsed.reading, value_range=_common_range(parsed, files)))
+    return _dataset_dict(parsed, files, splits)
 
 
 class FolderRows:
@@ -56,158 +61,93 @@ class FolderRows:
 
     Args:
         tasks: ``{column: (where the description has it, what its files mean)}``.
+        reading: How image files are read.
     """
 
-    def __init__(self, tasks: Mapping[str, tuple[str, TaskFiles]]) -> None:
+    def __init__(
+        self,
+        tasks: Mapping[str, tuple[str, TaskFiles]],
+        reading: ImageReading = ImageReading(),  # noqa: B008
+    ) -> None:
         self.tasks = dict(tasks)
+        self.reading = reading
 
     def __call__(self, batch: Mapping[str, list[str | None]]) -> dict[str, list[Any]]:
         """Paths to arrays: uint8 (H, W, 3) images, and label maps as [`read_label`] makes them or None."""
-        images = [read_image(path) for path in batch.get(IMAGE_COLUMN, [])]
+        images = [self.image(path) for path in batch.get(IMAGE_COLUMN, [])]
         columns: dict[str, list[Any]] = {IMAGE_COLUMN: images} if images else {}
+        # labels alone may be asked for, too
+        sources = batch.get(IMAGE_COLUMN) or [None] * max(map(len, batch.values()), default=0)
+        sizes = [image.shape[:2] for image in images] or [None] * len(sources)
         for column in batch:
             if column != IMAGE_COLUMN:
-                where, task = self.tasks[column]
-                # labels alone may be asked for, too
-                sizes = [image.shape[:2] for image in images] or [None] * len(batch[column])
                 columns[column] = [
-                    None if path is None else read_label(Path(path), task, size, where)
-                    for path, size in zip(batch[column], sizes, strict=True)
+                    None if path is None else self.label(column, path, size, source)
+                    for path, size, source in zip(batch[column], sizes, sources, strict=True)
                 ]
         return columns
 
+    def image(self, path: str) -> Any:
+        """The image of a file, uint8 (H, W, 3)."""
+        return read_image(path, self.reading.value_range, self.reading.upright, self.reading.max_megapixels)
 
-def _find(folder: Path, pattern: str) -> dict[str, Path]:
-    """{name: file} of all files that fit a pattern or lie in a subfolder, sorted by name."""
-    found: dict[str, Path] = {}
-    if NAME in pattern:
-        before, after = pattern.split(NAME)
-        for path in sorted((folder / before.rpartition("/")[0]).rglob("*")):
-            relative = path.relative_to(folder).as_posix()
-            fits = (
-                relative.startswith(before) and relative.endswith(after) and len(relative) > len(before) + len(after)
-            )
-            if fits and path.is_file():
-                found[relative[len(before) : len(relative) - len(after)]] = path
-        return found
-    for path in sorted((folder / pattern).rglob("*")):
-        if path.suffix.lower() in _SUFFIXES:
-            name = path.relative_to(folder / pattern).with_suffix("").as_posix()
-            if name in found:
-                raise ValueError(f"{found[name]} and {path} have the same name: which one counts?")
-            found[name] = path
-    return found
+    def label(self, column: str, path: str, size: tuple[int, int] | None, image: str | None = None) -> Any:
+        """The label map of a file for an image of this size."""
+        where, task = self.tasks[column]
+        return read_label(Path(path), task, size, where, image=image, reading=self.reading)
 
 
-def _find_labels(
-    folder: Path, description: FolderDescription, images: Mapping[str, Path]
-) -> dict[str, dict[str, Path]]:
-    labels = {}
-    for name, task in description.tasks.items():
-        files: dict[str, Path] = {}
-        for pattern in reversed(task.files):
-            files.update(_find(folder, pattern))
-        files = {image: path for image, path in files.items() if image in images}
-        if files:
-            labels[name] = files
-        elif not task.optional:
-            example = next(iter(images))
-            raise ValueError(
-                f"{description.source}: tasks.{name}.files: no file in {str(folder)!r} fits "
-                f"{' or '.join(map(repr, task.files))} and an image; for the image {example!r} one was expected at "
-                f"{_expected(task.files[0], example)!r}"
-            )
-    if not labels:
-        raise ValueError(
-            f"{description.source}: tasks: {str(folder)!r} has label files for none of {list(description.tasks)}"
+def _common_range(description: FolderDescription, files: FolderFiles) -> tuple[float, float] | None:
+    """The numbers that are black and white in images of more than 8 bits, as a sample of them says."""
+    paths = list(files.images.values())
+    megapixels = description.reading.max_megapixels
+    ranges = []
+    for path in paths[:: max(1, len(paths) // _LOOKED_INTO)]:
+        try:
+            mode = read_header(path, megapixels).mode
+            if mode.startswith(("I", "F", "uint16", "float")):
+                ranges.append(found_range(path, megapixels))
+        except ValueError:
+            # whoever reads its row hears of it
+            continue
+    if not ranges:
+        return None
+    common = max(ranges)
+    if common not in ((0.0, 1.0), (0.0, 65535.0)):
+        warnings.warn(
+            f"{description.source}: images hold numbers of more than 8 bits, and {common[1]:g} is taken for white: "
+            f"`image_range: [0, {common[1]:g}]` says so",
+            stacklevel=4,
         )
-    return labels
+    return common
 
 
-def _expected(pattern: str, name: str) -> str:
-    return pattern.replace(NAME, name) if NAME in pattern else f"{pattern}/{name}.png"
-
-
-def _split_names(folder: Path, description: FolderDescription, names: list[str]) -> dict[str, list[str]]:
-    """{split: names of its images}."""
-    where = f"{description.source}: splits"
-    if description.splits == "subfolders":
-        splits: dict[str, list[str]] = {}
-        for name in names:
-            split, slash, _ = name.partition("/")
-            if not slash:
-                raise ValueError(f"{where}: the image {name!r} lies in no subfolder that could be a split")
-            splits.setdefault(split, []).append(name)
-        return splits
-    splits = {}
-    for split, value in description.splits.items():
-        if isinstance(value, list | str):
-            listed = value if isinstance(value, list) else _read_names(folder / value, f"{where}.{split}")
-            missing = [name for name in listed if name not in set(names)]
-            if missing:
-                raise ValueError(
-                    f"{where}.{split}: missing image {missing[0]!r} ({len(missing)} of {len(listed)} are missing)"
-                )
-            splits[split] = listed
-    splits = _split_fractions(description.splits, names, splits)
-    empty = [split for split, members in splits.items() if not members]
-    if empty:
-        raise ValueError(f"{where}.{empty[0]}: no image is left for it, there are {len(names)}")
-    return splits
-
-
-def _read_names(file: Path, where: str) -> list[str]:
-    if not file.is_file():
-        raise ValueError(f"{where}: there is no file {str(file)!r}")
-    names = file.read_text(encoding="utf-8").split()
-    if not names:
-        raise ValueError(f"{where}: {str(file)!r} names no image")
-    return names
-
-
-def _split_fractions(
-    wanted: Mapping[str, Any], names: list[str], listed: dict[str, list[str]]
-) -> dict[str, list[str]]:
-    """Add the splits that are fractions of all images, and "train" with what is left where nobody names it.
-
-    Who goes where follows from the sorted names alone.
-    """
-    taken = {name for split in listed.values() for name in split}
-    free = [name for name in names if name not in taken]
-    order = [free[index] for index in np.random.default_rng(0).permutation(len(free))]
-    splits = dict(listed)
-    for split, fraction in wanted.items():
-        if split not in listed:
-            number = max(1, round(fraction * len(names)))
-            splits[split], order = sorted(order[:number]), order[number:]
-    if "train" not in splits and order:
-        splits = {"train": sorted(order), **splits}
-    return splits
-
-
-def _dataset_dict(
-    description: FolderDescription,
-    images: Mapping[str, Path],
-    labels: Mapping[str, Mapping[str, Path]],
-    splits: Mapping[str, list[str]],
-) -> Any:
-    import datasets
+def _dataset_dict(description: FolderDescription, files: FolderFiles, splits: Mapping[str, Sequence[str]]) -> Any:
+    datasets = import_datasets()
 
     class FolderDatasetDict(datasets.DatasetDict):
-        """Splits that know their tasks."""
+        """Splits that know their tasks, and where they are from."""
 
         tasks: dict[str, TaskSpec]
+        description: FolderDescription
+        files: FolderFiles
+        left_out: list[str]
 
+    labels = files.labels
     columns = {name: task_column(name) for name in labels}
     rows = FolderRows(
-        {columns[name]: (f"{description.source}: tasks.{name}", description.tasks[name]) for name in labels}
+        {columns[name]: (f"{description.source}: tasks.{name}", description.tasks[name]) for name in labels},
+        description.reading,
     )
     features = datasets.Features({column: datasets.Value("string") for column in (IMAGE_COLUMN, *columns.values())})
     found = FolderDatasetDict()
     for split, names in splits.items():
-        paths = {IMAGE_COLUMN: [str(images[name]) for name in names]}
-        for task, files in labels.items():
-            paths[columns[task]] = [str(files[name]) if name in files else None for name in names]
+        paths = {IMAGE_COLUMN: [str(files.images[name]) for name in names]}
+        for task, matched in labels.items():
+            paths[columns[task]] = [str(matched[name]) if name in matched else None for name in names]
         found[split] = datasets.Dataset.from_dict(paths, features=features).with_transform(rows)
     found.tasks = {name: description.tasks[name].spec for name in labels}
+    found.description, found.files = description, files
+    used = {name for names in splits.values() for name in names}
+    found.left_out = [name for name in files.images if name not in used]
     return found

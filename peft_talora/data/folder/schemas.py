@@ -27,6 +27,8 @@ _CITYSCAPES_STEREO = 0.209313 * 2262.52
 CITYSCAPES: dict[str, Any] = {
     "images": "leftImg8bit/{name}_leftImg8bit.png",
     "splits": "subfolders",
+    # its labels are dummies: the real ones are not published
+    "skip_splits": ["test"],
     "tasks": {
         "semantic": {
             "files": "gtFine/{name}_gtFine_labelIds.png",

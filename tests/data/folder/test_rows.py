@@ -138,8 +138,10 @@ def test_batches_and_labels_that_are_missing(folder):
 def test_files_are_read_when_a_row_is_asked_for_and_once(folder, monkeypatch):
     reads = []
     read_image, read_label = folder_data.read_image, folder_data.read_label
-    monkeypatch.setattr(folder_data, "read_image", lambda path: reads.append(str(path)) or read_image(path))
-    monkeypatch.setattr(folder_data, "read_label", lambda path, *a: reads.append(str(path)) or read_label(path, *a))
+    monkeypatch.setattr(folder_data, "read_image", lambda path, *a: reads.append(str(path)) or read_image(path, *a))
+    monkeypatch.setattr(
+        folder_data, "read_label", lambda path, *a, **k: reads.append(str(path)) or read_label(path, *a, **k)
+    )
     splits = load(folder)
     tasks = detect_tasks(splits, ["depth"])
     rows = MultiTaskDataset(splits["train"], tasks, MSamProcessor(8))
