@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .coco import load_coco
+from .extras import import_datasets
 from .folder.description import description_file
 from .folder.rows import load_folder_dataset
 from .folder.schemas import SCHEMAS
@@ -12,7 +14,7 @@ from .folder.schemas import SCHEMAS
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-FOLDER_PREFIX = "folder"
+FOLDER_PREFIX, COCO_PREFIX = "folder", "coco"
 
 
 def load_multitask_dataset(name_or_path: str | Path) -> DatasetDict:
@@ -22,18 +24,22 @@ def load_multitask_dataset(name_or_path: str | Path) -> DatasetDict:
         name_or_path: A folder of parquet files (split by file names such as ``train-*.parquet``), one that
             `save_to_disk` wrote, or a dataset of the Hub. ``"folder:PATH"`` is a folder of image and label files that
             its ``dataset.yaml`` or ``dataset.json`` describes, and ``"cityscapes:PATH"`` or
-            ``"pascal_context:PATH"`` one whose layout is known ([`SCHEMAS`]).
+            ``"pascal_context:PATH"`` one whose layout is known ([`SCHEMAS`]). ``"coco:PATH"`` are images with outlines of
+            objects, see [`load_coco`].
 
     Returns:
         Its splits.
 
     Raises:
+        ImportError: If `datasets`, or for COCO pycocotools, is not installed.
         FileNotFoundError: If it is no folder, and no dataset that can be had from the Hub.
         ValueError: If the folder has no data, there is no "train" split, or a folder's description does not fit its
             files; the message names the file and the field.
     """
     prefix, _, rest = str(name_or_path).partition(":")
-    if rest and prefix in (FOLDER_PREFIX, *SCHEMAS):
+    if rest and prefix == COCO_PREFIX:
+        splits = load_coco(rest)
+    elif rest and prefix in (FOLDER_PREFIX, *SCHEMAS):
         splits = load_folder_dataset(Path(rest).expanduser(), SCHEMAS.get(prefix))
     else:
         splits = _load_rows(name_or_path)
@@ -53,8 +59,7 @@ def _load_rows(name_or_path: str | Path) -> DatasetDict:
 
 
 def _load_folder(path: Path) -> DatasetDict:
-    import datasets
-
+    datasets = import_datasets()
     if (path / "dataset_dict.json").exists():
         return datasets.load_from_disk(str(path))
     if (path / "state.json").exists():
@@ -69,8 +74,7 @@ def _load_folder(path: Path) -> DatasetDict:
 
 
 def _load_from_hub(name: str) -> DatasetDict:
-    import datasets
-
+    datasets = import_datasets()
     try:
         return datasets.load_dataset(name)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
