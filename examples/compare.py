@@ -16,15 +16,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import train_multitask
-from comparison.jobs import Job, run_all
-from comparison.plan import BASELINE, METHODS, Amount, Entry, Plan, matching_ranks
+from comparison.jobs import Job, run_if_missing
+from comparison.plan import BASELINE, METHODS, Amount, Entry, Plan, check_common, matching_ranks, split_common
 from comparison.report import draw, markdown
 from comparison.results import Result, read_result
+from training.data import load_data
+from training.options import OneLineParser, count, whole
+from training.stopping import run_script
 
 from peft_talora import delta_b
 from peft_talora.saving.directory import written_aside
@@ -32,76 +34,86 @@ from peft_talora.saving.directory import written_aside
 FEW_IMAGES = (16, 64, 256)
 # where few labels are compared: those between which somebody with few labels would choose
 FEW_METHODS = ("lora", "lora_per_task", "talora")
+# of rendered scenes; of any other dataset all that it has
+SCENES = 512
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and those that go to the training script as they are."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
+        prog="compare.py",
         description=__doc__.splitlines()[0],
-        epilog="Other arguments go to train_multitask.py: --steps 400 --dataset folder:rooms",
+        epilog="Other options go to train_multitask.py: --steps 400 --dataset folder:rooms",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--methods", nargs="+", type=Entry.parse, default=[Entry(name) for name in METHODS],
-        help=f"rows of the table: {' '.join(METHODS)}, or with a rank of their own: talora:8")  # fmt: skip
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--num-train", type=int, default=512, help="images of the table; other datasets than the scenes give all")
-    add("--few-labels", action="store_true", help=f"also {FEW_IMAGES} images, and images labelled for one task each")
-    add("--few-seeds", nargs="+", type=int, help="seeds of --few-labels; default: those of the table")
-    add("--tasks", nargs="+", default=["semantic", "depth", "normals"])
-    add("--base", default="tiny_sam", help="the SAM: tiny_sam, a path, or a Hub id such as facebook/sam-vit-base")
-    add("--rank", type=int, default=32, help="rank of TA-LoRA; the LoRAs' follows from it")
+        help=f"rows of the table: {' '.join(METHODS)}, or with a rank of their own: talora:8 (default: all)")  # fmt: skip
+    add(
+        "--seeds",
+        nargs="+",
+        type=whole(0),
+        default=[0, 1, 2],
+        help="every number is a mean over these (default: 0 1 2)",
+    )
+    add("--num-train", "--max-train-images", type=count, metavar="N", help=f"images of the table (default: {SCENES} scenes, or "
+        "all that another dataset has)")  # fmt: skip
+    add("--few-labels", action="store_true", help=f"also {FEW_IMAGES} images, as far as there are more, and images labelled for "
+        "one task each")  # fmt: skip
+    add("--few-seeds", nargs="+", type=whole(0), help="seeds of --few-labels (default: those of the table)")
+    add("--tasks", nargs="+", help="the tasks (default: those of the dataset, for scenes semantic depth normals)")
+    add("--base", default="tiny_sam", help="the SAM: tiny_sam, a path, or a Hub id such as facebook/sam-vit-base (default: "
+        "%(default)s)")  # fmt: skip
+    add("--rank", type=count, default=32, help="rank of TA-LoRA; the LoRAs' follows from it (default: %(default)s)")
     add("--no-tuning", action="store_true", help="take the methods' default learning rates")
-    add("--jobs", type=int, default=1, help="runs at once")
-    add("--num-threads", type=int, help="CPU threads of a run; default: the training script's")
-    add("--output-dir", type=Path, default=Path("runs/comparison"))
-    add("--report", action="store_true", help="run nothing")
+    add("--jobs", type=count, default=1, help="runs at once (default: %(default)s)")
+    add("--num-threads", type=count, help="CPU threads of a run (default: the training script's)")
+    add(
+        "--output-dir", type=Path, default=Path("runs/comparison"), help="where everything goes (default: %(default)s)"
+    )
+    add("--report", action="store_true", help="run nothing: tables and plot of what is finished")
     args, common = parser.parse_known_args(argv)
-    for name in ("jobs", "num_train", "rank"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("--method", "--seed", "--lr", "--decoder-lr", "--evaluate-on", "--one-task-each", "--baseline"):
-        if name in common:
-            parser.error(f"{name} is what this script varies")
     if Entry(BASELINE) not in args.methods:
         args.methods.insert(0, Entry(BASELINE))
     args.few_seeds = args.few_seeds or args.seeds
+    args.training = check_common(common)
     return args, common
 
 
-class Runner:
-    """Runs what is missing, and says how far it is."""
+def look_at_data(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
+    """The tasks, and how many images there are to train on.
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.failures: list[str] = []
+    Raises:
+        ValueError: There are fewer than a comparison with few labels needs, or no validation split to choose rates on.
+    """
+    training = args.training
+    if training.dataset == "scenes":
+        return tuple(args.tasks or ("semantic", "depth", "normals")), args.num_train or SCENES
+    training.tasks, training.max_train_images = args.tasks, args.num_train
+    data = load_data(training, 0)
+    if data.validation is None and not args.no_tuning:
+        raise ValueError(
+            f"{training.dataset} has no validation split to choose learning rates on: make one, or say --no-tuning"
+        )
+    if args.num_train is not None and len(data.train) < args.num_train:
+        raise ValueError(f"--num-train {args.num_train}: {training.dataset} has {len(data.train)} images to train on")
+    if args.few_labels and len(data.train) <= min(FEW_IMAGES):
+        raise ValueError(
+            f"--few-labels compares {FEW_IMAGES} images with more, {training.dataset} has {len(data.train)}"
+        )
+    return tuple(data.tasks), len(data.train)
 
-    def __call__(self, what: str, jobs: list[Job]) -> None:
-        if self.args.report:
-            return
-        started = time.perf_counter()
 
-        def done(job: Job, number: int, total: int) -> None:
-            seconds = time.perf_counter() - started
-            left = seconds / number * (total - number)
-            print(f"{what}: {number}/{total}, {job.folder.relative_to(self.args.output_dir)}; "
-                  f"{seconds / 60:.0f} min, about {left / 60:.0f} min left", flush=True)  # fmt: skip
-
-        try:
-            run_all(jobs, self.args.jobs, self.args.num_threads, done)
-        except RuntimeError as error:
-            self.failures.append(str(error))
-            print(error, file=sys.stderr)
-
-
-def tune(plan: Plan, args: argparse.Namespace, run: Runner) -> tuple[dict[str, float], list[dict]]:
+def tune(
+    plan: Plan, args: argparse.Namespace, images: int, run: Callable[[str, list[Job]], None]
+) -> tuple[dict[str, float], list[dict]]:
     """The learning rate of each method, and what the validation split said of those that were tried."""
     names = list(dict.fromkeys([BASELINE, *(entry.name for entry in args.methods)]))
     rates = {name: METHODS[name].default_rate for name in names}
     if args.no_tuning:
         return rates, []
     trials: list[dict] = []
-    amount, seed = Amount(args.num_train), args.seeds[0]
+    amount, seed = Amount(images), args.seeds[0]
     # the decoders' rate is part of every other run
     for group in ([BASELINE], names[1:]):
         tried = [(name, rate) for name in group for rate in METHODS[name].rates]
@@ -120,50 +132,61 @@ def tune(plan: Plan, args: argparse.Namespace, run: Runner) -> tuple[dict[str, f
     return rates, trials
 
 
-def cells(args: argparse.Namespace) -> list[tuple[Entry, Amount, int]]:
+def cells(args: argparse.Namespace, images: int) -> list[tuple[Entry, Amount, int]]:
     """Everything that is to be known: the table first, then few labels."""
-    table = [(entry, Amount(args.num_train), seed) for seed in args.seeds for entry in args.methods]
+    table = [(entry, Amount(images), seed) for seed in args.seeds for entry in args.methods]
     if not args.few_labels:
         return table
-    amounts = [Amount(args.num_train, one_task_each=True), *(Amount(images) for images in FEW_IMAGES)]
+    amounts = [Amount(images, one_task_each=True), *(Amount(number) for number in FEW_IMAGES if number < images)]
     entries = [Entry(BASELINE), *(entry for entry in args.methods if str(entry) in FEW_METHODS)]
     return table + [(entry, amount, seed) for seed in args.few_seeds for amount in amounts for entry in entries]
 
 
-def write(args: argparse.Namespace, results: list[Result], rates: dict, tuned: list[dict], common: list[str]) -> None:
-    settings = {name: getattr(args, name) for name in ("seeds", "tasks", "base", "rank", "num_train")}
+def write(output_dir: Path, settings: dict, results: list[Result], rates: dict, tuned: list[dict]) -> None:
     content = {
-        "settings": settings | {"training": common},
+        "settings": settings,
         "rates": rates,
         "tuning": tuned,
         "results": [result.to_dict() for result in results],
     }
-    with written_aside(args.output_dir) as aside:
+    with written_aside(output_dir) as aside:
         (aside / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
         (aside / "comparison.md").write_text(markdown(results, rates, tuned))
         if results:
             draw(results, aside / "comparison.png")
 
 
-def main(argv: list[str] | None = None) -> int:
-    args, common = parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare what the arguments say: 1 where a run failed, else 0."""
+    args, rest = parse_args(argv)
+    tasks, images = look_at_data(args)
     base = str(Path(__file__).parent / "tiny_sam") if args.base == "tiny_sam" else args.base
-    tasks = tuple(args.tasks)
-    ranks, steps = matching_ranks(base, args.rank, tasks), train_multitask.parse_args(common).steps
-    plan = Plan(args.output_dir, tasks, ranks, ("--base", args.base, *common), steps)
-    run = Runner(args)
-    rates, tuned = tune(plan, args, run)
-    wanted = cells(args)
-    run(
-        "comparison", [job for entry, amount, seed in wanted for job in plan.jobs(entry, rates, amount, seed).values()]
-    )
-    found = [read_result(plan, entry, rates, amount, seed) for entry, amount, seed in wanted]
+    common, special = split_common(("--base", base, *rest), args.training)
+    plan = Plan(args.output_dir, tasks, matching_ranks(base, args.rank, tasks), common, args.training.steps, special)
+    failures: list[str] = []
+
+    def run(what: str, jobs: list[Job]) -> None:
+        if not args.report:
+            failures.extend(run_if_missing(what, jobs, args.jobs, args.num_threads))
+
+    rates, tuned = tune(plan, args, images, run)
+    wanted = cells(args, images)
+    run("comparison", [job for entry, *cell in wanted for job in plan.jobs(entry, rates, *cell).values()])
+    found = [read_result(plan, entry, rates, *cell) for entry, *cell in wanted]
     results = [result for result in found if result is not None]
-    write(args, results, rates, tuned, common)
+    settings = {
+        "seeds": args.seeds,
+        "tasks": tasks,
+        "base": args.base,
+        "rank": args.rank,
+        "num_train": images,
+        "training": rest,
+    }
+    write(args.output_dir, settings, results, rates, tuned)
     print((args.output_dir / "comparison.md").read_text())
     print(f"{len(results)} of {len(wanted)} results are in {args.output_dir}: comparison.json, .md and .png")
-    return 1 if run.failures else 0
+    return min(len(failures), 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -7,6 +7,7 @@ some 10^8 pixels, which float32 cannot count.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -132,6 +133,22 @@ class MultiTaskMetrics(nn.Module):
     def compute(self) -> dict[str, dict[str, float | None]]:
         """``{task: {metric: value or None}}``."""
         return {name: metrics.compute() for name, metrics in self.tasks.items()}
+
+    def class_ious(self) -> dict[str, dict[str, float | None]]:
+        """``{task: {class: IoU}}`` of what [`compute`] was called on last, for tasks with classes.
+
+        A class without a name goes by its number; its IoU is None where it occurs in neither truth nor prediction.
+        """
+        found = {}
+        for name, metrics in self.tasks.items():
+            values = getattr(metrics.metrics, "class_ious", None)
+            if values is not None:
+                names = metrics.spec.class_names or map(str, range(metrics.spec.num_channels))
+                found[name] = {
+                    label: None if math.isnan(value) else value
+                    for label, value in zip(names, values.tolist(), strict=True)
+                }
+        return found
 
     def reset(self) -> None:
         """Forget everything seen."""

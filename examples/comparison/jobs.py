@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft_talora.saving.directory import written_aside
 
-SCRIPT = Path(__file__).parents[1] / "train_multitask.py"
-# of train_multitask.py; they change nothing that is measured
-GOING_ON = ("--resume", "latest", "--checkpoint-every", "100", "--keep-checkpoints", "1", "--baseline", "none")
+SCRIPT = Path(__file__).parent / "one_run.py"
+# of the training script; they change nothing that is measured. The folder has files of ours: its log and its arguments
+GOING_ON = (
+    "--resume",
+    "latest",
+    "--overwrite",
+    "--checkpoint-every",
+    "100",
+    "--keep-checkpoints",
+    "1",
+    "--baseline",
+    "none",
+)
 
 
 @dataclass(frozen=True)
@@ -68,21 +80,20 @@ class Job:
         return self.result()
 
 
-def run_all(jobs: Iterable[Job], at_once: int, threads: int | None, done: Callable[[Job, int, int], None]) -> None:
-    """Run all jobs, some at once. One that fails does not stop the others.
+def run_if_missing(what: str, jobs: Iterable[Job], at_once: int, threads: int | None) -> list[str]:
+    """Run what is not finished, some at once, and say how far it is: what failed. A failure does not stop the others.
 
     Args:
-        jobs: What to run.
+        what: What the jobs are for.
+        jobs: They may contain the same run twice.
         at_once: How many processes at once.
         threads: CPU threads of each; None leaves it to the script.
-        done: Is called with a job that was not finished before, how many are done, and how many there are.
 
     Raises:
-        RuntimeError: Some failed; the message names them all.
         ValueError: A folder has a run with other arguments.
     """
     missing = [job for job in dict.fromkeys(jobs) if job.result() is None]
-    failures = []
+    failures, started = [], time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
         running = {pool.submit(job.run, threads): job for job in missing}
         try:
@@ -91,9 +102,17 @@ def run_all(jobs: Iterable[Job], at_once: int, threads: int | None, done: Callab
                     future.result()
                 except RuntimeError as error:
                     failures.append(str(error))
-                done(running[future], number, len(missing))
+                    print(error, file=sys.stderr)
+                seconds = time.perf_counter() - started
+                left = seconds / number * (len(missing) - number)
+                print(f"{what}: {number}/{len(missing)}, {short(running[future].folder)}; {seconds / 60:.0f} min, about "
+                      f"{left / 60:.0f} min left", flush=True)  # fmt: skip
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-    if failures:
-        raise RuntimeError("\n".join(failures))
+    return failures
+
+
+def short(folder: Path) -> str:
+    """A run's folder without what all runs have in common."""
+    return str(folder).rpartition(f"{os.sep}runs{os.sep}")[2]

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from train_multitask import ADAPTER_LR, parse_args
+from training.options import ADAPTER_LR, given_options, make_parser, option, parse_args
 from transformers import SamVisionModel
 
 import peft_talora as pt
 from peft_talora.msam.loading import load_sam
 
+from . import one_run
 from .jobs import Job
 
 # what the training script does unless it is told otherwise
 DEFAULTS = parse_args([])
 # the learning rates that are tried, of every method: its default times these
 RATE_FACTORS = (0.4, 1.0, 2.5)
+# options of the training script that a comparison varies, or decides itself
+VARIED = ("method", "seed", "lr", "decoder_lr", "rank", "max_train_images", "evaluate_on", "one_task_each", "baseline", "resume",
+          "output_dir", "overwrite", "checkpoint_every", "keep_checkpoints", "init_from", "eval_only", "push_to_hub",
+          "num_threads")  # fmt: skip
+# options that only one method has
+OF_A_METHOD = {"init_weights": "talora"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Entry:
         name, colon, rank = text.partition(":")
         if name not in METHODS:
             raise argparse.ArgumentTypeError(f"unknown method {name!r}, expected one of {list(METHODS)}")
-        if colon and not (rank.isdigit() and int(rank) > 0):
+        if colon and not (rank.isdecimal() and int(rank) > 0):
             raise argparse.ArgumentTypeError(f"{text!r}: expected METHOD or METHOD:RANK with a rank of at least 1")
         return cls(name, int(rank) if colon else None)
 
@@ -101,6 +108,26 @@ class Entry:
         return self.name if self.rank is None else f"{self.name}-{self.rank}"
 
 
+def check_common(arguments: Sequence[str]) -> argparse.Namespace:
+    """The training script's options in what all runs have in common, however they are written.
+
+    Raises:
+        SystemExit: With code 2, after one line: one is wrong, or is what a comparison varies.
+    """
+
+    def make() -> argparse.ArgumentParser:
+        parser = make_parser("")
+        parser.add_argument("--evaluate-on", choices=one_run.SPLITS)
+        parser.add_argument("--one-task-each", nargs="+")
+        parser.prog = "compare.py"
+        return parser
+
+    varied = [name for name in VARIED if name in given_options(make, arguments)]
+    if varied:
+        make().error(f"{option(varied[0])} is what this script varies or decides")
+    return parse_args(arguments)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What all runs have in common.
@@ -111,6 +138,7 @@ class Plan:
         ranks: {method: rank} of those that have no rank of their own.
         common: Further arguments of the training script.
         steps: Its steps.
+        special: {method: arguments} that only one method takes.
     """
 
     output_dir: Path
@@ -118,6 +146,7 @@ class Plan:
     ranks: Mapping[str, int]
     common: tuple[str, ...] = ()
     steps: int = DEFAULTS.steps
+    special: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def jobs(
         self, entry: Entry, rates: Mapping[str, float], amount: Amount, seed: int, split: str = "test"
@@ -127,10 +156,10 @@ class Plan:
         `rates` has the learning rate of the method, and the decoders', which all methods share.
         """
         options = ["--method", entry.method.method, "--seed", str(seed), "--num-train", str(amount.images),
-                   "--evaluate-on", split, *self.common]  # fmt: skip
+                   "--evaluate-on", split, *self.common, *self.special.get(entry.method.method, ())]  # fmt: skip
         decoder_rate = rates.get(BASELINE, DEFAULTS.decoder_lr)
         named = {"--decoder-lr": decoder_rate} | dict.fromkeys(entry.method.rate_options, rates[entry.name])
-        options += [word for option, rate in named.items() for word in (option, str(rate))]
+        options += [word for name, rate in named.items() for word in (name, str(rate))]
         rank = entry.rank or self.ranks.get(entry.name)
         if rank is not None:
             options += ["--rank", str(rank)]
@@ -145,6 +174,33 @@ class Plan:
         if not entry.method.per_task:
             return {"all": Job(folder, (*options, "--tasks", *self.tasks))}
         return {task: Job(folder / task, (*options, "--tasks", task)) for task in self.tasks}
+
+
+def split_common(
+    arguments: Iterable[str], given: argparse.Namespace
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """What all methods take of the common arguments, and {method: what only it takes}."""
+    special: dict[str, tuple[str, ...]] = {}
+    left = list(arguments)
+    for name, method in OF_A_METHOD.items():
+        value = getattr(given, name)
+        if value is not None:
+            special[method] = (option(name), value)
+            left = without(left, option(name))
+    return tuple(left), special
+
+
+def without(arguments: Sequence[str], name: str) -> list[str]:
+    """Arguments without an option of one value, written as `--name value`, `--name=value` or abbreviated."""
+    left, skip = [], False
+    for word in arguments:
+        start, equals, _ = word.partition("=")
+        # no other option begins like it where the parser took an abbreviation for it
+        found = len(start) > 2 and start.startswith("--") and name.startswith(start)
+        if not found and not skip:
+            left.append(word)
+        skip = found and not equals
+    return left
 
 
 def matching_ranks(base: str, rank: int, tasks: tuple[str, ...]) -> dict[str, int]:

@@ -135,6 +135,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_parameters(axis, results: Sequence[Result], amount: Amount, colors: Mapping[str, str]) -> None:
+    numbers: list[int] = []
     for name in METHODS:
         places = []
         for entry in entries_of(results):
@@ -144,10 +145,21 @@ def draw_parameters(axis, results: Sequence[Result], amount: Amount, colors: Map
                 places.append((own[0].encoder_parameters, *mean_and_spread([r.delta_b for r in own])))
         if places:
             x, y, error = zip(*sorted(places), strict=True)
+            numbers.extend(x)
             axis.errorbar(x, y, error, marker="o", capsize=3, color=colors[name], label=METHODS[name].label)
-    axis.set_xscale("log")
+    set_parameter_axis(axis, numbers)
     axis.set_xlabel("trained parameters, without the decoders'")
     axis.set_title(str(amount), fontsize=10)
+
+
+def set_parameter_axis(axis, numbers: Sequence[int]) -> None:
+    """A logarithmic axis, unless the numbers are so much alike that it would have no number written at it."""
+    if numbers and max(numbers) >= 10 * min(numbers):
+        axis.set_xscale("log")
+        return
+    axis.margins(x=0.3)
+    axis.locator_params(axis="x", nbins=4)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def draw_amounts(axis, results: Sequence[Result], amounts: Sequence[Amount], colors: Mapping[str, str]) -> None:

@@ -35,7 +35,12 @@ class ClassMetrics(MulticlassConfusionMatrix):
 
     Args:
         num_classes: Number of classes N.
+
+    Attributes:
+        class_ious: The IoU of each class (N,), NaN for one that occurs in neither; there once `compute` was called.
     """
+
+    class_ious: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes=num_classes, validate_args=False)
@@ -46,6 +51,7 @@ class ClassMetrics(MulticlassConfusionMatrix):
         correct = counts.diagonal()
         union = counts.sum(dim=0) + counts.sum(dim=1) - correct
         present = union > 0
+        self.class_ious = correct / union
         return {"miou": (correct[present] / union[present]).mean(), "pixel_accuracy": correct.sum() / counts.sum()}
 
 

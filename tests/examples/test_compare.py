@@ -1,12 +1,17 @@
 """The comparison of methods: which runs it makes, and what it says of their numbers."""
 
 import json
+import re
+import shutil
 import statistics
 
 import compare as script
 import pytest
-from comparison.jobs import Job, run_all
-from comparison.plan import METHODS, RATE_FACTORS, Amount, Entry, Plan, matching_ranks
+import training.options
+from comparison import one_run
+from comparison.jobs import Job, run_if_missing
+from comparison.plan import METHODS, RATE_FACTORS, Amount, Entry, Plan, matching_ranks, split_common
+from comparison.report import set_parameter_axis
 from comparison.results import mean_and_spread, paired_differences, read_result
 
 import peft_talora as pt
@@ -116,11 +121,92 @@ class TestPlan:
             script.parse_args(["--methods", text])
         assert text.partition(":")[0] in capsys.readouterr().err
 
-    @pytest.mark.parametrize("argument", ["--seed", "--lr", "--method", "--evaluate-on"])
-    def test_what_is_varied_cannot_be_given(self, argument, capsys):
-        with pytest.raises(SystemExit):
-            script.parse_args([argument, "1"])
-        assert f"{argument} is what this script varies" in capsys.readouterr().err
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [
+            (["--seed", "7"], "--seed"),
+            (["--seed=7"], "--seed"),
+            (["--see", "7"], "--seed"),
+            (["--method=lora"], "--method"),
+            (["--meth", "lora"], "--method"),
+            (["--evaluate-on=validation"], "--evaluate-on"),
+            (["--evaluate", "validation"], "--evaluate-on"),
+            (["--one-task-each", "depth"], "--one-task-each"),
+            (["--lr=0.1"], "--lr"),
+            (["--decoder-l", "0.1"], "--decoder-lr"),
+            (["--steps", "3", "--output-d", "x", "--resume", "latest"], "--resume"),
+            (["--num-tr", "3"], "--max-train-images"),
+        ],
+    )
+    def test_what_is_varied_cannot_be_given(self, arguments, name, capsys):
+        with pytest.raises(SystemExit) as error:
+            script.parse_args(arguments)
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and message.count("\n") == 1
+        assert f"{name} is what this script varies or decides" in message
+
+    @pytest.mark.parametrize(
+        "arguments", [["--stepz", "3"], ["--steps", "no"], ["--camera", "photo", "--dataset", "x"]]
+    )
+    def test_mistakes_in_options_of_the_training_script_are_told_before_a_run(self, arguments, capsys):
+        with pytest.raises(SystemExit) as error:
+            script.parse_args(arguments)
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and message.count("\n") == 1 and message.startswith("compare.py: error: ")
+
+    @pytest.mark.parametrize("start", [["--init-weights", "lora"], ["--init-weights=lora"], ["--init-w", "lora"]])
+    def test_what_only_one_method_takes_goes_to_its_runs(self, tmp_path, start):
+        args, rest = script.parse_args([*start, "--steps", "7"])
+        common, special = split_common(rest, args.training)
+        assert common == ("--steps", "7")
+        plan = Plan(tmp_path, TASKS, {}, common, 7, special)
+        for name in METHODS:
+            arguments = next(iter(plan.jobs(Entry(name), {name: 0.1}, Amount(8), 0).values())).arguments
+            assert ("--init-weights" in arguments) == (name == "talora")
+            assert one_run.make_parser().parse_known_args(arguments)[1]
+            training.options.parse_args(one_run.make_parser().parse_known_args(arguments)[1])
+
+
+class TestUsersData:
+    """What is compared on a folder: its tasks, and as many images as it has."""
+
+    def look(self, *arguments):
+        return script.look_at_data(script.parse_args(list(arguments))[0])
+
+    def test_tasks_and_number_of_images(self, data_folder):
+        assert self.look("--dataset", data_folder) == (("semantic", "depth", "normals"), 6)
+        assert self.look("--dataset", data_folder, "--tasks", "depth", "--num-train", "4") == (("depth",), 4)
+        assert self.look() == (("semantic", "depth", "normals"), 512)
+
+    def test_few_labels_need_more_images(self, data_folder):
+        with pytest.raises(ValueError, match=r"--few-labels compares \(16, 64, 256\) images with more, .* has 6"):
+            self.look("--dataset", data_folder, "--few-labels")
+        with pytest.raises(ValueError, match=r"--num-train 7: .* has 6 images"):
+            self.look("--dataset", data_folder, "--num-train", "7")
+
+    def test_amounts_that_there_are(self):
+        args, _ = script.parse_args(["--few-labels", "--methods", "lora", "--seeds", "0"])
+        amounts = {amount for _, amount, _ in script.cells(args, 100)}
+        assert {str(amount) for amount in amounts} == {
+            "100 images", "100 images, each labelled for one task", "16 images", "64 images",
+        }  # fmt: skip
+
+    def test_rates_are_not_chosen_on_other_images_than_validation_ones(self, data_folder, tmp_path):
+        for split in ("train", "test"):
+            shutil.copy(f"{data_folder}/{split}-00000-of-00001.parquet", tmp_path)
+        with pytest.raises(ValueError, match="has no validation split to choose learning rates on"):
+            self.look("--dataset", str(tmp_path))
+        assert self.look("--dataset", str(tmp_path), "--no-tuning")[1] == 6
+
+    def test_parameters_that_are_alike_have_numbers_at_their_axis(self, tmp_path):
+        from matplotlib import pyplot
+
+        axis = pyplot.figure().subplots()
+        set_parameter_axis(axis, [149_760, 151_368])
+        axis.plot([149_760, 151_368], [0, 1])
+        axis.figure.canvas.draw()
+        texts = [label.get_text() for label in axis.get_xticklabels()]
+        assert len(texts) >= 2 and all("," in text for text in texts)
 
 
 @pytest.mark.usefixtures("fake_runs")
@@ -254,8 +340,6 @@ class TestRealRuns:
 
     def test_a_failing_run_is_named_with_the_last_line_of_its_log(self, tmp_path):
         job = Job(tmp_path / "run", ("--base", str(tmp_path / "nowhere"), "--steps", "1"))
-        with pytest.raises(
-            RuntimeError, match=r"run: the training script ended with code 1, see .*log.txt: .*nowhere"
-        ):
-            run_all([job], 1, 1, lambda *_: None)
+        (failure,) = run_if_missing("runs", [job], 1, 1)
+        assert re.search(r"run: the training script ended with code 2, see .*log.txt: error: .*nowhere", failure)
         assert job.result() is None

@@ -40,15 +40,19 @@ for argv in json.loads(sys.argv[2]):
 @contextmanager
 def in_float64(script):
     """Train in float64: Adam turns the rounding noise of a gradient that is almost 0 into steps of full size."""
-    add_adapter, collate = script.add_adapter, script.collate
+    make_model = script.make_model
 
-    def double(rows):
-        batch = collate(rows)
-        return {**batch, "pixel_values": batch["pixel_values"].double()}
+    def double(collate):
+        def collate_double(rows):
+            batch = collate(rows)
+            return {**batch, "pixel_values": batch["pixel_values"].double()}
+
+        return collate_double
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(script, "add_adapter", lambda *given: add_adapter(*given).double())
-        monkeypatch.setattr(script, "collate", double)
+        monkeypatch.setattr(script, "make_model", lambda *given: make_model(*given).double())
+        for name in ("collate", "collate_own_size"):
+            monkeypatch.setattr(script, name, double(getattr(script, name)))
         monkeypatch.setattr(script, "draw_predictions", lambda *given: None)
         yield
 
@@ -68,8 +72,9 @@ def launch(processes, runs):
     assert done.returncode == 0, done.stderr
 
 
-def test_two_processes_train_what_one_trains_and_go_on_where_they_stopped(arguments, tmp_path):
-    options = ["--baseline", "none", "--steps", "4"]
+def test_two_processes_train_what_one_trains_and_go_on_where_they_stopped(arguments, tmp_path, partly_labelled_folder):
+    """Of images that are partly labelled: how they are dealt out does not matter."""
+    options = ["--dataset", partly_labelled_folder, "--crop-scales", "1", "--steps", "4"]
     noisy = [*options, "--batch-size", "2", "--method", "convlora", "--checkpoint-every", "2"]
     runs = [arguments(tmp_path / f"two-{p}", *options, "--batch-size", "2", "--task-pass", p) for p in PASSES]
     runs.append(arguments(tmp_path / "whole", *noisy))

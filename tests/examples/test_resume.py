@@ -82,7 +82,7 @@ def test_damaged_checkpoint_is_skipped_and_the_baseline_is_not_trained_again(run
     damaged.write_bytes(damaged.read_bytes()[:-1])
     trained = []
     train = script.train
-    monkeypatch.setattr(script, "train", lambda *given: trained.append(given[3]["--method"]) or train(*given))
+    monkeypatch.setattr(script, "train", lambda *given: trained.append(given[0].method) or train(*given))
     run(tmp_path / "killed", *options, "--resume", "latest")
     assert trained == ["talora"]
     assert_same_end(tmp_path / "killed", whole)
@@ -102,19 +102,19 @@ def test_finished_run_is_only_evaluated(run, tmp_path, monkeypatch):
 def test_contradicting_arguments(run, arguments, tmp_path):
     run(tmp_path, "--baseline", "none", "--steps", "1")
     contradictions = {
-        "--method": ("convlora", "'talora'"),
+        "--method": ("lora", "'talora'"),
         "--tasks": ("depth", r"\['semantic', 'depth', 'normals'\]"),
         "--num-train": ("9", "8"),
         "--batch-size": ("3", "4"),
-        "--steps": ("2", "1"),
         "--seed": ("5", "0"),
         "--grad-accumulation": ("2", "1"),
         "--mixed-precision": ("bf16", "'no'"),
-        "--lr": ("0.5", "None"),
+        "--lr": ("0.5", "0.005"),
     }
     for name, (given, saved) in contradictions.items():
+        shown = {"--num-train": "--max-train-images"}.get(name, name)
         AcceleratorState._reset_state(reset_partial_state=True)
-        with pytest.raises(ValueError, match=rf"step-1 .*{name}: given \[?'?{given}'?\]?, saved {saved}"):
+        with pytest.raises(ValueError, match=rf"step-1 .*{shown}: given \[?'?{given}'?\]?, saved {saved}"):
             script.main(arguments(tmp_path, "--steps", "1", "--resume", "latest", name, given))
 
 

@@ -14,28 +14,16 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from PIL import Image
+from small_training import double_batch, gradients
+from training.data import load_data
+from training.options import ADAPTER_LR, METHODS, parse_args
 
 from peft_talora import MSamForMultiTask
-from peft_talora.data import MultiTaskDataset, collate
+from peft_talora.msam.tasks import parse_tasks
 
 PHOTOS = Path(__file__).parents[3] / "shared/data/real_photos"
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-
-@pytest.fixture
-def trainer(arguments):
-    """``trainer(*more)``: what `train` sets up, in float64: (model, four rows of a batch)."""
-
-    def build(*more):
-        args = script.parse_args(arguments("unused", *more))
-        rows, _, tasks = script.load_data(args, 32)
-        msam = script.pt.MSamForMultiTask.from_sam(args.base, tasks)
-        model = script.add_adapter(msam, args, args.method)
-        dataset = script.make_training_set(rows, tasks, script.pt.MSamProcessor.from_model(msam), args)
-        return model.double().train(), [dataset[index] for index in range(4)]
-
-    return build
 
 
 @pytest.mark.usefixtures("scenes_cache")
@@ -43,8 +31,8 @@ def test_scenes_are_seen_by_the_camera_that_was_asked_for(arguments):
     from scenes import render_scene, scene_seed
 
     def first_image(*more):
-        args = script.parse_args(arguments("unused", "--num-train", "1", "--num-test", "1", *more))
-        return np.asarray(script.load_data(args, 32)[0][0]["image"])
+        args = parse_args(arguments("unused", "--num-train", "1", "--num-test", "1", *more))
+        return np.asarray(load_data(args, 32).train[0]["image"])
 
     for camera in ("photo", "thermal", "ultrasound"):
         expected = render_scene(scene_seed("train", 0), 32, camera)["image"]
@@ -53,19 +41,10 @@ def test_scenes_are_seen_by_the_camera_that_was_asked_for(arguments):
     np.testing.assert_array_equal(first_image(), render_scene(scene_seed("train", 0), 32, "ultrasound")["image"])
 
 
-def double_batch(rows):
-    batch = collate(rows)
-    return {**batch, "pixel_values": batch["pixel_values"].double()}
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("scenes_cache")
 class TestRuns:
-    @pytest.mark.parametrize("method", script.METHODS)
+    @pytest.mark.parametrize("method", METHODS)
     def test_leaves_everything_and_the_adapter_loads_again(self, base, run, tmp_path, method):
         output = tmp_path / "run"
         metrics = run(output, "--method", method, "--checkpoint-every", "1")
@@ -118,7 +97,7 @@ class TestRuns:
         accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
         for part in range(2):
             with accelerator.accumulate(model):
-                getattr(script, backward)(accelerator, model, double_batch(rows[part::2]))
+                getattr(script, backward)(accelerator, model, double_batch(rows[part::2]), None)
         actual = gradients(model)
         model.zero_grad()
         output = model(**double_batch(rows))
@@ -128,10 +107,37 @@ class TestRuns:
         for name, gradient in gradients(model).items():
             torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-10)
 
+    @pytest.mark.parametrize("task_pass", ["joint", "sequential"])
+    @pytest.mark.parametrize("parts", [[[0, 1, 2], [3, 4, 5]], [[0, 1], [5, 3], [4, 2]]])
+    def test_partly_labelled_images_count_alike_in_every_forward_of_a_step(
+        self, trainer, partly_labelled_folder, task_pass, parts, monkeypatch
+    ):
+        """A step with several forwards has the gradients of one forward of all their images."""
+        options = ("--dataset", partly_labelled_folder, "--task-pass", task_pass)
+        model, _ = trainer(*options)
+        args = parse_args(["--base", model.get_base_model().name_or_path, *options])
+        data = load_data(args, 32)
+        processor = script.pt.MSamProcessor.from_model(model.get_base_model())
+        dataset = script.MultiTaskDataset(data.train, data.tasks, processor)
+        monkeypatch.setattr(script, "update", lambda *_: None)
+        found = []
+        for rows in ([list(range(6))], parts):
+            model.zero_grad()
+            plugin = GradientAccumulationPlugin(len(rows), sync_with_dataloader=False)
+            accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+            batches = [double_batch([dataset[row] for row in part]) for part in rows]
+            losses = script.train_step(accelerator, args, model, None, None, batches)
+            found.append((losses, gradients(model)))
+        (losses, expected), (parts_losses, actual) = found
+        assert losses["normals"] > 0.1 and parts_losses == pytest.approx(losses)
+        assert actual.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-9, atol=1e-11)
+
     def test_accumulated_sequential_passes_give_the_gradients_of_one_joint_pass(self, trainer):
         model, rows = trainer()
         joint = Accelerator(cpu=True)
-        losses = script.backward_joint(joint, model, double_batch(rows))
+        losses = script.backward_joint(joint, model, double_batch(rows), None)
         expected = gradients(model)
         assert losses.keys() == {"semantic", "depth", "normals"}
         assert any(gradient.abs().max() > 0 for name, gradient in expected.items() if "talora_U2" in name)
@@ -142,14 +148,14 @@ class TestRuns:
                 accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
                 for part in range(halves):
                     with accelerator.accumulate(model):
-                        backward(accelerator, model, double_batch(rows[part::halves]))
+                        backward(accelerator, model, double_batch(rows[part::halves]), None)
                 assert accelerator.sync_gradients
                 actual = gradients(model)
                 assert actual.keys() == expected.keys()
                 for name, gradient in expected.items():
                     torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-12)
 
-    @pytest.mark.parametrize("method", script.METHODS)
+    @pytest.mark.parametrize("method", METHODS)
     def test_sequential_passes_share_a_trunk_exactly(self, trainer, method, monkeypatch):
         model, rows = trainer("--method", method)
         accelerator, passes = Accelerator(cpu=True), []
@@ -160,44 +166,13 @@ class TestRuns:
             model.zero_grad()
             # Conv-LoRA's noise
             torch.manual_seed(0)
-            backward(accelerator, model, double_batch(rows))
+            backward(accelerator, model, double_batch(rows), None)
             actual[backward] = gradients(model)
         assert len(passes) == 1
         expected, sequential = actual.values()
         assert sequential.keys() == expected.keys() and any(gradient.abs().max() > 0 for gradient in expected.values())
         for name, gradient in expected.items():
             torch.testing.assert_close(sequential[name], gradient, rtol=1e-9, atol=1e-12)
-
-    def test_one_label_each_takes_one_encoder_pass_each(self, trainer, monkeypatch):
-        names = ["semantic", "depth", "normals"]
-        model, rows = trainer("--one-task-each", *names)
-        labelled = [[spec.task_kind.labelled(row["labels"][name][None], 255).any().item()
-                     for name, spec in model.get_base_model().task_specs.items()] for row in rows]  # fmt: skip
-        assert labelled == [[index % 3 == task for task in range(3)] for index in range(4)]
-        accelerator, batch, actual = Accelerator(cpu=True), double_batch(rows), []
-        for ids in (torch.tensor([0, 1, 2, 0]), None):
-            model.zero_grad()
-            found = script.only_labelled_tasks(model.get_base_model().task_specs, batch["labels"])
-            assert torch.equal(found, torch.tensor([0, 1, 2, 0]))
-            monkeypatch.setattr(script, "only_labelled_tasks", lambda specs, labels, ids=ids: ids)
-            losses = script.backward_joint(accelerator, model, batch)
-            monkeypatch.undo()
-            actual.append((losses, gradients(model)))
-        assert actual[0][0] == pytest.approx(actual[1][0]) and actual[0][1].keys() == actual[1][1].keys()
-        for name, gradient in actual[0][1].items():
-            torch.testing.assert_close(gradient, actual[1][1][name], rtol=1e-9, atol=1e-12)
-
-    def test_images_without_a_wanted_label_are_left_out(self, arguments):
-        args = script.parse_args(arguments("unused", "--num-train", "9", "--tasks", "depth"))
-        rows, _, tasks = script.load_data(args, 32)
-        processor = script.pt.MSamProcessor(32, tasks)
-        everything = MultiTaskDataset(rows, tasks, processor)
-        some = script.OneTaskEach(rows, tasks, processor, names=["semantic", "depth"])
-        assert len(some) == 4
-        for index, row in enumerate((1, 3, 5, 7)):
-            for key in ("pixel_values", "original_size"):
-                assert torch.equal(some[index][key], everything[row][key])
-            assert torch.equal(some[index]["labels"]["depth"], everything[row]["labels"]["depth"])
 
     def test_bfloat16_runs_and_keeps_the_weights_in_float32(self, base, run, tmp_path):
         metrics = run(tmp_path / "run", "--mixed-precision", "bf16", "--baseline", "none", "--method", "convlora")
@@ -219,10 +194,9 @@ class TestOptimizer:
     DECODER, EMBEDDING, NORM, ADAPTER = (0.2, 0.05), (0.4, 0.05), (0.3, 0.4), (0.1, 0.4)
 
     def rates(self, base, *options):
-        args = script.parse_args(["--base", base, "--weight-decay", "0.5", *options])
-        msam = MSamForMultiTask.from_sam(base, {"depth": {"kind": "depth"}}, channel_mode=args.channel_mode)
-        model = script.add_adapter(msam, args, args.method)
-        groups = script.make_optimizer(model, args, args.method).param_groups
+        args = parse_args(["--base", base, "--weight-decay", "0.5", *options])
+        model = script.make_model(args, args.method, parse_tasks({"depth": {"kind": "depth"}}))
+        groups = script.make_optimizer(model, args).param_groups
         assert {group["weight_decay"] for group in groups} == {0.5}
         found = {id(p): (group["lr"], group["warmup"]) for group in groups for p in group["params"]}
         assert len(found) == sum(len(group["params"]) for group in groups)
@@ -230,8 +204,9 @@ class TestOptimizer:
         assert {id(p) for p in trained.values()} == found.keys()
         return {name: found[id(p)] for name, p in trained.items()}
 
-    @pytest.mark.parametrize("method", script.METHODS)
+    @pytest.mark.parametrize("method", METHODS)
     def test_every_trained_parameter_is_in_the_group_of_its_module(self, base, method):
+        rates = self.RATES if method in ADAPTER_LR else self.RATES[2:]
         adapters = {
             "talora": ".talora_",
             "convlora": ".convlora_",
@@ -240,7 +215,7 @@ class TestOptimizer:
             "decoder": None,
         }
         seen = set()
-        for name, rate in self.rates(base, "--method", method, *self.RATES).items():
+        for name, rate in self.rates(base, "--method", method, *rates).items():
             if "mask_decoders.depth" in name:
                 # the decoder's own norms are no norms of the encoder
                 expected = self.DECODER
@@ -271,64 +246,44 @@ class TestOptimizer:
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
         before = model.weight.detach().clone()
         model.weight.grad = torch.tensor([gradient])
-        script.update(accelerator, model, optimizer, scheduler)
+        script.update(accelerator, model, optimizer, scheduler, {})
         torch.testing.assert_close(before - model.weight, torch.tensor([expected]))
         assert model.weight.grad is None and scheduler.scheduler.last_epoch == 1
 
 
 class TestEvaluation:
     def prepare(self, base, data_folder, *options):
-        args = script.parse_args(["--base", base, "--dataset", data_folder, "--tasks", "depth", *options])
-        _, test, tasks = script.load_data(args, 32)
-        msam = MSamForMultiTask.from_sam(base, tasks)
-        model = script.add_adapter(msam, args, args.method)
-        dataset = MultiTaskDataset(test, tasks, script.pt.MSamProcessor.from_model(msam))
-        return args, model, dataset, tasks
+        args = parse_args(
+            ["--base", base, "--dataset", data_folder, "--tasks", "depth", "--batch-size", "2", *options]
+        )
+        data = load_data(args, 32)
+        model = script.make_model(args, args.method, data.tasks)
+        return args, model, data, script.pt.MSamProcessor.from_model(model.get_base_model())
 
     def test_neither_noise_nor_dropout_and_training_goes_on(self, base, data_folder):
-        args, model, dataset, tasks = self.prepare(base, data_folder, "--method", "convlora")
+        args, model, data, processor = self.prepare(base, data_folder, "--method", "convlora")
         for name, parameter in model.named_parameters():
             if "convlora" in name:
                 torch.nn.init.normal_(parameter, std=0.5)
-        loader = script.make_loader(dataset, args, batch_size=2)
-        pixels = dataset[0]["pixel_values"][None]
+        loader = script.make_test_loader(data.test, data.tasks, processor, args)
+        pixels = torch.randn(1, 3, 32, 32)
         assert not torch.equal(model.train()(pixels).logits["depth"], model(pixels).logits["depth"])
-        first = script.evaluate(Accelerator(cpu=True), model.train(), loader, tasks)
+
+        def evaluate():
+            return script.evaluate(Accelerator(cpu=True), model, loader, processor, data.tasks)[0]
+
+        first = evaluate()
         assert model.training and model.get_base_model().training
-        assert first == script.evaluate(Accelerator(cpu=True), model, loader, tasks)
-        assert first == script.evaluate(Accelerator(cpu=True), model.eval(), loader, tasks)
-        assert not model.training
+        assert first == evaluate()
+        model.eval()
+        assert first == evaluate() and not model.training
 
     def test_processes_see_every_image_once(self, base, data_folder):
-        args, _, dataset, _ = self.prepare(base, data_folder)
-        accelerator = script.make_accelerator(args)
-        loader = script.make_loader(dataset, args, batch_size=2)
-        shares = [
-            prepare_data_loader(loader, num_processes=2, process_index=index, even_batches=accelerator.even_batches)
-            for index in range(2)
-        ]
+        args, _, data, processor = self.prepare(base, data_folder)
+        loader = script.make_test_loader(data.test, data.tasks, processor, args)
+        even = script.make_accelerator(args).even_batches
+        shares = [prepare_data_loader(loader, num_processes=2, process_index=i, even_batches=even) for i in range(2)]
         assert [[len(batch["pixel_values"]) for batch in share] for share in shares] == [[2], [1]]
-
-
-class TestData:
-    def splits(self, *names):
-        return {name: f"rows of {name}" for name in names}
-
-    def test_the_split_that_is_evaluated(self):
-        everything = self.splits("train", "validation", "test")
-        assert script.choose_split(everything, "test") == "rows of test"
-        assert script.choose_split(everything, "validation") == "rows of validation"
-        assert script.choose_split(self.splits("train", "val"), "test") == "rows of val"
-
-    def test_test_images_are_no_validation_images(self, capsys):
-        assert script.choose_split(self.splits("train", "test"), "validation") == "rows of train"
-        assert "no validation split" in capsys.readouterr().out
-
-    def test_weights_of_the_tasks(self, arguments, data_folder):
-        args = script.parse_args(arguments("unused", "--dataset", data_folder))
-        _, _, tasks = script.load_data(args, 32)
-        weights = {name: spec.weight for name, spec in tasks.items()}
-        assert weights == pytest.approx({"semantic": 1 / 6, "depth": 1 / 6, "normals": 4 / 6})
 
 
 class CountingRows(torch.utils.data.Dataset):
@@ -437,29 +392,7 @@ class TestBadInput:
         with pytest.raises(FileNotFoundError, match="nothing-here"):
             script.main(arguments(tmp_path / "run", "--dataset", str(tmp_path / "nothing-here")))
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            ["--steps", "0"],
-            ["--baseline", "missing.json"],
-            ["--method", "magic"],
-            ["--batch-size", "-1"],
-            ["--keep-checkpoints", "0"],
-            ["--one-task-each", "semantic", "deepth"],
-        ],
-    )
-    def test_impossible_options(self, arguments, tmp_path, options, capsys):
-        with pytest.raises(SystemExit):
-            script.main(arguments(tmp_path / "run", *options))
-        assert options[0] in capsys.readouterr().err
-
     def test_split_weights(self, arguments, tmp_path, monkeypatch):
-        monkeypatch.setattr(script.Accelerator, "distributed_type", DistributedType.FSDP)
+        monkeypatch.setattr("training.launch.Accelerator.distributed_type", DistributedType.FSDP)
         with pytest.raises(NotImplementedError, match="FSDP splits the weights"):
             script.main(arguments(tmp_path / "run"))
-
-    def test_baseline_that_is_no_metrics_file(self, tmp_path):
-        path = tmp_path / "other.json"
-        path.write_text("[]")
-        with pytest.raises(ValueError, match=r"other.json is no metrics.json"):
-            script.read_baseline(str(path))

@@ -2,13 +2,14 @@
 
 A checkpoint is a directory ``step-N`` with the adapter as `peft_talora.save_adapter` writes it, ``training_state.pt``
 (what else a run needs to go on; tensors, numbers and containers of them, read without unpickling objects) and
-``checkpoint.json``: the step, the arguments of the run and the checksum of every file.
+``checkpoint.json``: the step, the run and its arguments, and the checksum of every file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -21,14 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import peft_talora as pt
 from peft_talora.saving.directory import written_aside
 
-RECORD_FILE = "checkpoint.json"
+from .folder import CHECKPOINT_RECORD as RECORD_FILE
+from .folder import disk_error
+
 STATE_FILE = "training_state.pt"
 WEIGHTS_FILE = "adapter_model.safetensors"
+STEPS = "--steps"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Checkpoint:
     directory: Path
     step: int
     arguments: dict[str, Any]
+    run: str | None
 
     def load_adapter(self, model: PeftModel) -> None:
         """Put the trained weights into a model that was built as the run built it."""
@@ -52,9 +58,15 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: PeftModel, state: dict[str, Any], arguments: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    model: PeftModel,
+    state: dict[str, Any],
+    arguments: dict[str, Any],
+    keep: int,
+    run: str | None = None,
 ) -> Path:
-    """Write ``folder/step-N`` and remove all but the last `keep` of those up to it.
+    """Write ``folder/step-N`` and remove all but the last `keep` of this run's up to it.
 
     Killed at any moment, this leaves every checkpoint complete or not there, and at least one where there was one.
 
@@ -65,33 +77,43 @@ def save_checkpoint(
         state: What else the run needs, as ``torch.load(weights_only=True)`` can read it.
         arguments: What [`check_arguments`] compares a resumed run with; JSON.
         keep: How many to keep, >= 1.
+        run: The run's identity; checkpoints of other runs are not removed.
+
+    Raises:
+        OSError: It could not be written; the message says where to, and how full the disk is. Nothing is removed then.
     """
     directory = folder / f"step-{step}"
     _remove_leftovers(folder)
-    if directory.exists():
-        # a damaged one, or one that lies after the checkpoint that the run was told to resume
-        _remove(directory)
-    with written_aside(directory) as aside:
-        pt.save_adapter(model, aside)
-        torch.save(state, aside / STATE_FILE)
-        checksums = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
-        record = {"step": step, "arguments": arguments, "sha256": checksums}
-        (aside / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    earlier = [path for number, path in list_checkpoints(folder) if number <= step]
+    # a damaged one, or one that lies after the checkpoint that the run was told to resume
+    former = _hide(directory) if directory.exists() else None
+    try:
+        with written_aside(directory) as aside:
+            pt.save_adapter(model, aside)
+            torch.save(state, aside / STATE_FILE)
+            checksums = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+            record = {"step": step, "run": run, "arguments": arguments, "sha256": checksums}
+            (aside / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if former is not None:
+            os.rename(former, directory)
+        raise disk_error("the checkpoint", directory, error) from error
+    if former is not None:
+        _put_away(former, directory, run)
+    earlier = [path for number, path in list_checkpoints(folder) if number <= step and _is_of(path, run)]
     for path in earlier[:-keep]:
-        _remove(path)
+        shutil.rmtree(_hide(path))
     return directory
 
 
 def find_checkpoint(
-    resume: str | None, folder: Path, arguments: dict[str, Any], log: Callable[[str], None] = print
+    resume: str | None, folder: Path, arguments: dict[str, Any] | None, log: Callable[[str], None] = print
 ) -> Checkpoint | None:
     """The checkpoint to go on from, or None to start from the beginning.
 
     Args:
         resume: "latest", a checkpoint's directory, or None.
         folder: Where "latest" looks.
-        arguments: Those of this run.
+        arguments: Those of this run; None: it does not matter whose it is.
         log: Told what is skipped, and where the run starts.
 
     Raises:
@@ -104,38 +126,41 @@ def find_checkpoint(
     if found is None:
         log(f"--resume latest: no checkpoint in {folder} yet, starting from the beginning")
         return None
+    if arguments is None:
+        return found
     check_arguments(found.arguments, arguments, found.directory)
     log(f"resuming from {found.directory}")
+    if has_more_steps(found.arguments, arguments):
+        log(
+            f"it had {found.arguments[STEPS]} steps to do, now {arguments[STEPS]}: the learning rates fall over all of them"
+        )
     return found
 
 
 def check_arguments(saved: dict[str, Any], given: dict[str, Any], where: Path) -> None:
-    """Refuse to go on with what was begun with other arguments.
+    """Refuse to go on with what was begun with other arguments. More `--steps` than there were are no others.
 
     Raises:
         ValueError: Naming each argument that differs, the value given and the value saved.
     """
     given = json.loads(json.dumps(given))
     differing = [name for name in {**given, **saved} if given.get(name) != saved.get(name)]
+    if has_more_steps(saved, given):
+        differing.remove(STEPS)
     if differing:
         values = "; ".join(f"{name}: given {given.get(name)!r}, saved {saved.get(name)!r}" for name in differing)
         raise ValueError(f"{where} is of a run with other arguments. {values}")
+
+
+def has_more_steps(saved: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether a run is to go on beyond its end."""
+    return given.get(STEPS, 0) > saved.get(STEPS, math.inf)
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """``(step, directory)`` of all checkpoints, damaged ones included, by step."""
     found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
     return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Move the checkpoints of an earlier run out of the way of a new one; those moved before are removed."""
-    if not folder.exists():
-        return None
-    aside = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(folder, aside)
-    return aside
 
 
 def random_state() -> dict[str, Any]:
@@ -184,6 +209,7 @@ def _read(directory: Path) -> Checkpoint:
     try:
         record = json.loads(path.read_text())
         step, arguments, checksums = record["step"], record["arguments"], dict(record["sha256"])
+        run = record.get("run")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error
     for name in (WEIGHTS_FILE, STATE_FILE, *checksums):
@@ -191,21 +217,38 @@ def _read(directory: Path) -> Checkpoint:
             raise ValueError(f"{directory / name} is missing")
         if _sha256(directory / name) != checksums.get(name):
             raise ValueError(f"{directory / name} is not what was written (its checksum differs)")
-    return Checkpoint(directory, step, arguments)
+    return Checkpoint(directory, step, arguments, run)
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _remove(directory: Path) -> None:
-    """Remove a checkpoint at once: killed halfway, what is left has a name that nothing reads."""
-    hidden = directory.with_name(f".{directory.name}-removed")
+def _is_of(directory: Path, run: str | None) -> bool:
+    try:
+        return json.loads((directory / RECORD_FILE).read_text()).get("run") == run
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _hide(directory: Path) -> Path:
+    """Give a checkpoint a name that nothing reads: whoever is killed later leaves it there."""
+    hidden = directory.with_name(f".{directory.name}-hidden")
     os.rename(directory, hidden)
-    shutil.rmtree(hidden)
+    return hidden
+
+
+def _put_away(former: Path, directory: Path, run: str | None) -> None:
+    """Remove what lay at a checkpoint's place where it was this run's, else keep it beside it."""
+    if _is_of(former, run):
+        shutil.rmtree(former)
+        return
+    names = (directory.with_name(f"{directory.name}.old-{number}") for number in range(1, 10**6))
+    os.rename(former, next(name for name in names if not name.exists()))
 
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed saves and removals left."""
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path)
+        if re.fullmatch(r"\.step-\d+-([0-9a-f]{32}|[a-z0-9_]{8}|hidden)", path.name):
+            shutil.rmtree(path)

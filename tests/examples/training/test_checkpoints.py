@@ -6,12 +6,13 @@ import shutil
 import signal
 import sys
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
-from checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
 from peft import get_peft_model
+from training import checkpoints
+from training.checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
+from training.folder import NotWritten
 
 from peft_talora import MSamForMultiTask, TALoraConfig
 
@@ -43,10 +44,10 @@ def folder(tmp_path):
 def save(model, folder):
     """``save(step, keep=...)``: a checkpoint whose state and U3 hold the step."""
 
-    def write(step, keep=9):
+    def write(step, keep=9, run="run"):
         with torch.no_grad():
             next(p for name, p in model.named_parameters() if "talora_U3" in name).fill_(step)
-        return save_checkpoint(folder, step, model, {"seconds": float(step)}, ARGUMENTS, keep)
+        return save_checkpoint(folder, step, model, {"seconds": float(step)}, ARGUMENTS, keep, run)
 
     return write
 
@@ -164,11 +165,55 @@ def test_other_arguments(save, folder):
         find_checkpoint("latest", folder, given)
 
 
-def test_set_aside(save, folder):
-    assert checkpoints.set_aside(folder) is None
-    for step in (1, 2):
-        save(step)
-        assert steps(checkpoints.set_aside(folder)) == [step] and not folder.exists()
+def test_more_steps_are_no_other_arguments(save, folder):
+    save(4)
+    with pytest.raises(ValueError, match=r"--steps: given 9, saved None"):
+        find_checkpoint("latest", folder, ARGUMENTS | {"--steps": 9})
+    saved = ARGUMENTS | {"--steps": 9}
+    checkpoints.check_arguments(saved, ARGUMENTS | {"--steps": 10}, folder)
+    with pytest.raises(ValueError, match=r"--steps: given 8, saved 9"):
+        checkpoints.check_arguments(saved, ARGUMENTS | {"--steps": 8}, folder)
+    with pytest.raises(ValueError, match=r"--seed: given 4, saved 3$"):
+        checkpoints.check_arguments(saved, saved | {"--steps": 10, "--seed": 4}, folder)
+
+
+def test_those_of_other_runs_are_never_removed(save, folder):
+    for step in (1, 2, 3):
+        save(step, run="first")
+    for step in (2, 4, 6, 8):
+        save(step, keep=2, run="second")
+    assert steps(folder) == [1, 3, 6, 8]
+    # one of the first run was in the way of the second's step 2
+    assert {path.name for path in folder.iterdir()} == {"step-1", "step-3", "step-6", "step-8", "step-2.old-1"}
+    assert '"run": "first"' in (folder / "step-2.old-1" / checkpoints.RECORD_FILE).read_text()
+
+
+def test_a_folder_that_is_no_checkpoint_is_kept(save, folder):
+    (folder / "step-2").mkdir(parents=True)
+    (folder / "step-2" / "mine.bin").write_text("mine")
+    save(2)
+    assert (folder / "step-2.old-1" / "mine.bin").read_text() == "mine"
+    assert find_checkpoint("latest", folder, ARGUMENTS).step == 2
+
+
+@pytest.mark.parametrize("where", ["torch.save", "pt.save_adapter"])
+def test_a_full_disk_leaves_what_was_there(save, folder, monkeypatch, where):
+    """torch and safetensors have errors of their own for it."""
+    save(1)
+    save(2)
+    error = RuntimeError if where == "torch.save" else checkpoints.SafetensorError
+
+    def full(*_, **__):
+        raise error("No space left on device (os error 28)")
+
+    monkeypatch.setattr(f"training.checkpoints.{where}", full)
+    for step in (2, 3):
+        with pytest.raises(
+            NotWritten, match=rf"checkpoint .*step-{step} .*No space left.* the disk at /.* has .* MB of"
+        ):
+            save(step, keep=1)
+    assert steps(folder) == [1, 2] and find_checkpoint("latest", folder, ARGUMENTS).step == 2
+    assert not list(folder.glob(".*"))
 
 
 def test_random_numbers_go_on(tmp_path):

@@ -1,0 +1,44 @@
+"""An adapter to start from, or to evaluate."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+from peft.utils.constants import DUMMY_TARGET_MODULES
+
+import peft_talora as pt
+
+from .data import Data, weigh
+from .options import ADAPTER_LR, RANK
+
+
+def load_adapter(args: argparse.Namespace):
+    """The PeftModel of --init-from; the options that it decides are set to what it says."""
+    model = pt.MSamForMultiTask.from_adapter(args.init_from, base_model=args.base, is_trainable=not args.eval_only)
+    config, msam = model.peft_config[model.active_adapter], model.get_base_model()
+    args.method = {"TALORA": "talora", "CONVLORA": "convlora"}.get(config.peft_type.value, "lora")
+    if config.target_modules == DUMMY_TARGET_MODULES:
+        args.method = "full" if "vision_encoder" in config.modules_to_save else "decoder"
+    args.rank = config.r if args.method in RANK else None
+    args.lr = ADAPTER_LR.get(args.method) if args.lr is None else args.lr
+    args.base, args.channel_mode = msam.name_or_path, msam.config.channel_mode
+    args.image_size = msam.config.vision_config.image_size
+    return model
+
+
+def adapter_data(args: argparse.Namespace, model, load: Callable[..., Data]) -> Data:
+    """Data for an adapter that exists: its tasks, and labels that fit them."""
+    specs = model.get_base_model().task_specs
+    data = load(args, args.image_size, list(specs))
+    if list(data.tasks) != list(specs):
+        raise ValueError(f"--tasks: {args.init_from} is an adapter for {list(specs)}, got {list(data.tasks)}")
+    for name, spec in data.tasks.items():
+        if spec.kind != specs[name].kind or spec.num_channels > specs[name].num_channels:
+            raise ValueError(
+                f"task {name!r} is {spec.kind} with {spec.num_channels} channels in {args.dataset}, in {args.init_from} it is "
+                f"{specs[name].kind} with {specs[name].num_channels}"
+            )
+    weigh(specs, args.task_weights)
+    return replace(data, tasks=specs)

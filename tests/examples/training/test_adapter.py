@@ -1,0 +1,108 @@
+"""Adapters to start from, and to evaluate: --init-from, --eval-only, --keep-best."""
+
+import json
+
+import pytest
+import torch
+import train_multitask as script
+from safetensors.torch import load_file
+from training.options import METHODS
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]
+
+
+@pytest.fixture
+def options(data_folder):
+    return ["--dataset", data_folder, "--steps", "3", "--batch-size", "2"]
+
+
+def weights(output):
+    return load_file(output / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_starts_from_an_adapter_of_any_method(run, options, tmp_path, method):
+    first = run(tmp_path / "first", *options, "--tasks", "depth", "--method", method)
+    # the learning rates begin at 0: after one step the weights are those that it started from
+    second = run(tmp_path / "second", *options, "--init-from", str(tmp_path / "first"), "--steps", "1")
+    expected, actual = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert second["method"] == method and list(second["tasks"]) == ["depth"]
+    assert second["tasks"] == first["tasks"] and second["trainable_parameters"] == first["trainable_parameters"]
+    assert second["arguments"]["--init-from"] == str(tmp_path / "first") and second["baseline"] is None
+
+
+def test_trains_on(run, options, tmp_path):
+    run(tmp_path / "first", *options, "--tasks", "depth")
+    run(tmp_path / "second", *options, "--init-from", str(tmp_path / "first"), "--lr", "0.05")
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert any("talora_U2" in name and not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluates_an_adapter_and_trains_nothing(base, run, options, arguments, tmp_path, monkeypatch, data_folder):
+    trained = run(tmp_path / "run", *options, "--tasks", "semantic", "depth")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    monkeypatch.setattr(script, "train", None)
+    command = [
+        "--eval-only",
+        "--init-from",
+        str(tmp_path / "run"),
+        "--dataset",
+        data_folder,
+        "--base",
+        base,
+        "--batch-size",
+        "2",
+    ]
+    script.main([*command, "--baseline", str(tmp_path / "run/metrics.json")])
+    assert {path: path.read_bytes() for path in before} == before
+    found = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+    assert found["tasks"] == trained["tasks"] == found["baseline"] and found["delta_b"] == 0
+    assert found["steps"] == 0 and found["class_iou"] == trained["class_iou"]
+    assert found["adapter_bytes"] == trained["adapter_bytes"]
+    assert (tmp_path / "run/evaluation/predictions.png").stat().st_size > 1000
+    # again into the same folder: it is ours
+    script.main(command)
+
+
+def test_what_does_not_fit_the_adapter(run, options, arguments, tmp_path):
+    run(tmp_path / "first", *options, "--tasks", "semantic", "depth")
+    for tasks in (["depth", "semantic"], ["depth"], ["semantic", "depth", "normals"]):
+        with pytest.raises(ValueError, match=r"--tasks: .*first is an adapter for \['semantic', 'depth'\], got \["):
+            script.main(arguments(tmp_path / "x", *options, "--init-from", str(tmp_path / "first"), "--tasks", *tasks))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        script.main(arguments(tmp_path / "x", *options, "--init-from", str(tmp_path / "nowhere")))
+
+
+def test_the_best_adapter_is_kept_and_training_stops(run, options, tmp_path, monkeypatch):
+    """Values that say which evaluation is the best, whatever the model is."""
+    values = iter([3.0, 1.0, 2.0, 2.0, 9.0])
+    evaluate = script.evaluate
+
+    def pretend(accelerator, model, loader, processor, tasks):
+        found, classes = evaluate(accelerator, model, loader, processor, tasks)
+        if len(loader.dataset) == 2:  # of validation rows
+            found["depth"]["rmse"] = next(values)
+        return found, classes
+
+    monkeypatch.setattr(script, "evaluate", pretend)
+    more = [
+        "--tasks",
+        "depth",
+        "--steps",
+        "8",
+        "--checkpoint-every",
+        "1",
+        "--keep-checkpoints",
+        "9",
+        "--eval-every",
+        "1",
+    ]
+    metrics = run(tmp_path, *options, *more, "--keep-best", "rmse", "--patience", "2")
+    assert metrics["best"] == {"metric": "depth/rmse", "step": 2, "value": 1.0} and metrics["steps"] == 4
+    best, last, kept = (weights(tmp_path / folder) for folder in ("checkpoints/step-2", "checkpoints/step-4", "."))
+    assert all(torch.equal(kept[name], best[name]) for name in best)
+    assert any(not torch.equal(kept[name], last[name]) for name in last)
+    # what had given up does not begin again
+    again = run(tmp_path, *options, *more, "--keep-best", "rmse", "--patience", "2", "--resume", "latest")
+    assert again["steps"] == 4 and again["best"] == metrics["best"] and again["tasks"] == metrics["tasks"]
