@@ -19,6 +19,7 @@ from . import one_run
 from .jobs import Job
 
 # what the training script does unless it is told otherwise
+SCRIPT = "compare.py"
 DEFAULTS = parse_args([])
 # the learning rates that are tried, of every method: its default times these
 RATE_FACTORS = (0.4, 1.0, 2.5)
@@ -116,16 +117,15 @@ def check_common(arguments: Sequence[str]) -> argparse.Namespace:
     """
 
     def make() -> argparse.ArgumentParser:
-        parser = make_parser("")
+        parser = make_parser("", SCRIPT)
         parser.add_argument("--evaluate-on", choices=one_run.SPLITS)
         parser.add_argument("--one-task-each", nargs="+")
-        parser.prog = "compare.py"
         return parser
 
     varied = [name for name in VARIED if name in given_options(make, arguments)]
     if varied:
         make().error(f"{option(varied[0])} is what this script varies or decides")
-    return parse_args(arguments)
+    return parse_args(arguments, prog=SCRIPT)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ OF_TRAINING = ("max_train_images", "task_weights", "crop_scales", "steps", "grad
                "resume", "eval_every", "keep_best", "patience", "push_to_hub")  # fmt: skip
 
 
+SCRIPT = "train_multitask.py"
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A mistake is one line, and of many processes the first one says it."""
 
@@ -84,8 +87,8 @@ def task_weight(text: str) -> tuple[str, float]:
     return name, weight
 
 
-def make_parser(description: str) -> OneLineParser:
-    parser = OneLineParser(prog="train_multitask.py", description=description)
+def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
+    parser = OneLineParser(prog=prog, description=description)
 
     def group(title: str) -> Callable[..., Any]:
         inside = parser.add_argument_group(title)
@@ -182,15 +185,15 @@ def given_options(make: Callable[[], argparse.ArgumentParser], argv: Sequence[st
     return {name for name, value in vars(parser.parse_args(argv)).items() if value is not unset}
 
 
-def parse_args(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
-    """The options, with every default filled in.
+def parse_args(argv: Sequence[str] | None = None, description: str = "", prog: str = SCRIPT) -> argparse.Namespace:
+    """The options, with every default filled in; `prog` is who says what is wrong.
 
     Raises:
         SystemExit: With code 2, after one line that says what is wrong.
     """
-    parser = make_parser(description)
+    parser = make_parser(description, prog)
     args = parser.parse_args(argv)
-    given = given_options(lambda: make_parser(description), argv)
+    given = given_options(lambda: make_parser(description, prog), argv)
     problem = misfit(args, given)
     if problem:
         parser.error(problem)
