@@ -11,7 +11,7 @@ from .export import convlora_from_autogluon, save_task_as_lora, task_to_lora, ta
 from .hub import load_adapter, push_adapter, save_adapter
 from .metrics import delta_b
 from .msam import MSamConfig, MSamForMultiTask, MSamOutput, MSamProcessor, TaskSpec
-from .msam_adapter import default_modules_to_save
+from .msam.adapter import default_modules_to_save
 from .routing.router import checkpoint_context, set_task, use_task
 from .talora import TALoraConfig, TALoraLayer, TALoraLinear, TALoraModel
 

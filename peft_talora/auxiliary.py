@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .convlora.layer import ConvLoraLayer
-from .talora.layer import TALoraLayer
+from .routing.layers import tuned_layers
 
 
 def auxiliary_loss(model: nn.Module) -> torch.Tensor:
@@ -24,29 +23,12 @@ def auxiliary_loss(model: nn.Module) -> torch.Tensor:
         A 0-dim tensor on the model's device; 0.0 where there is nothing to add.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    total = torch.zeros((), device=device)
-    for loss in (*_ortho_losses(model, device), *_balancing_losses(model, device)):
-        total = total + loss
-    return total
-
-
-def _ortho_losses(model: nn.Module, device: torch.device) -> list[torch.Tensor]:
-    """TA-LoRA's term, per adapter."""
-    norms: dict[str, list[torch.Tensor]] = {}
-    weights: dict[str, float] = {}
-    for layer in model.modules():
-        if isinstance(layer, TALoraLayer) and not layer.disable_adapters:
+    values: dict[tuple, list[torch.Tensor]] = {}
+    for layer in tuned_layers(model):
+        if not layer.disable_adapters:
             for adapter_name in layer.active_adapters:
-                if layer.ortho_reg_weight.get(adapter_name):
-                    norms.setdefault(adapter_name, []).append(layer.ortho_norms(adapter_name))
-                    weights[adapter_name] = layer.ortho_reg_weight[adapter_name]
-    return [weights[name] * torch.cat([part.to(device) for part in parts]).mean() for name, parts in norms.items()]
-
-
-def _balancing_losses(model: nn.Module, device: torch.device) -> list[torch.Tensor]:
-    """Conv-LoRA's terms, per layer and adapter."""
-    losses = []
-    for layer in model.modules():
-        if isinstance(layer, ConvLoraLayer) and not layer.disable_adapters:
-            losses += [layer.balancing_loss(adapter_name) for adapter_name in layer.active_adapters]
-    return [loss.to(device) for loss in losses if loss is not None]
+                own = layer.auxiliary_values(adapter_name)
+                if own is not None:
+                    values.setdefault((layer.auxiliary_reduction, adapter_name), []).append(own.to(device))
+    losses = [reduction(torch.cat(parts)) for (reduction, _), parts in values.items()]
+    return sum(losses, torch.zeros((), device=device))

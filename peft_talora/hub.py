@@ -14,9 +14,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import SamModel
 
+from .msam.adapter import MSAM_MODEL_TYPE, msam_fields
 from .msam.loading import checkpoint_type
 from .msam.modeling import MSamForMultiTask
-from .msam_adapter import MSAM_MODEL_TYPE, msam_fields
 from .saving.adapter import MSAM_FILE, SavedAdapter
 from .saving.card import is_hub_id, model_card
 from .saving.directory import written_aside

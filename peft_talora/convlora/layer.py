@@ -129,12 +129,12 @@ class ConvLoraLayer(PluginLayer):
         index, _ = self.last_forward.choices[adapter_name]
         return F.one_hot(index, self.num_experts[adapter_name]).sum(0)
 
-    def balancing_loss(self, adapter_name: str) -> torch.Tensor | None:
-        """The weighted balancing loss of the last forward, (); None where there was none."""
+    def auxiliary_values(self, adapter_name: str) -> torch.Tensor | None:
+        """The weighted balancing loss of the last forward, (1,); None where there was none."""
         if adapter_name not in self.last_forward.choices:
             return None
         _, loss = self.last_forward.choices[adapter_name]
-        return self.aux_loss_weight[adapter_name] * loss
+        return self.aux_loss_weight[adapter_name] * loss[None]
 
     def remember(self, choices: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Replace what is kept of the last forward, unless this is a replay of it by activation checkpointing."""

@@ -9,7 +9,7 @@ it therefore look at it right before it is used. (In transformers 5.10 a block's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,22 +75,28 @@ class _Nested:
 
 
 def _route_checkpoints(module: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a module that is, or holds, a block that can be checkpointed."""
+    """Forward pre-hook of a block that can be checkpointed, and of the module that holds such blocks."""
     if torch.compiler.is_compiling():
         return
-    for block in module.modules():
-        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+    for block in (module, *_held_by(module)):
+        checkpoint = block.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, RoutedCheckpoint):
             block._gradient_checkpointing_func = RoutedCheckpoint(checkpoint)
 
 
+def _held_by(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module, and those of its children that are lists or dicts of modules."""
+    for child in module.children():
+        yield child
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _held_by(child)
+
+
 def add_checkpoint_hooks(model: nn.Module, is_tuned_layer: Callable[[nn.Module], bool]) -> None:
-    """Hook every block of `model` that transformers may checkpoint and that holds a tuned layer, and what is around."""
+    """Hook every block of `model` that transformers may checkpoint and that holds a tuned layer, and what holds it."""
     for module in model.modules():
-        if _is_hooked(module):
-            continue
-        blocks = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
-        if any(is_tuned_layer(m) for block in blocks for m in block.modules()):
+        blocks = [block for block in (module, *_held_by(module)) if hasattr(block, "gradient_checkpointing")]
+        if not _is_hooked(module) and any(is_tuned_layer(layer) for block in blocks for layer in block.modules()):
             module.register_forward_pre_hook(_route_checkpoints)
 
 

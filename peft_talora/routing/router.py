@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .layers import tuned_layers
+
 # One task for all samples (a name or an index), or one task per sample (names or indices, or a LongTensor (B,)).
 Task = str | int
 TaskRequest = Task | Sequence[Task] | torch.Tensor
@@ -324,8 +326,8 @@ def check_batch_size(routing: Routing | None, batch_size: int) -> None:
 def find_routers(model: nn.Module) -> list[TaskRouter]:
     """The task routers of all tuned layers in `model`, each once."""
     routers: list[TaskRouter] = []
-    for module in model.modules():
-        router = getattr(module, "task_router", None)
+    for layer in tuned_layers(model):
+        router = getattr(layer, "task_router", None)
         if isinstance(router, TaskRouter) and not any(router is known for known in routers):
             routers.append(router)
     return routers
@@ -401,22 +403,25 @@ def checkpoint_context() -> tuple[Any, Any]:
     return nullcontext(), _Replay([(router, router.snapshot()) for router in routers])
 
 
-class _Replay:
-    """A context that can be entered again and again: a graph that is kept is replayed by every backward."""
+class _Replay(threading.local):
+    """Enters what a replay needs, as often as it is entered: a graph that is kept is replayed by every backward.
+
+    `__init__` runs in every thread that enters it, for several may replay one forward at once.
+    """
 
     def __init__(self, snapshots: list[tuple[TaskRouter, Routing]]) -> None:
         self.snapshots = snapshots
-        self._entered: list[ExitStack] = []
+        self.entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
-        stack = ExitStack()
-        for router, routing in self.snapshots:
-            stack.enter_context(router.using(routing))
-        stack.enter_context(_replay_flag())
-        self._entered.append(stack)
+        with ExitStack() as stack:
+            for router, routing in self.snapshots:
+                stack.enter_context(router.using(routing))
+            stack.enter_context(_replay_flag())
+            self.entered.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
-        self._entered.pop().__exit__(*error)
+        self.entered.pop().__exit__(*error)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import nn
 
-from ..msam_adapter import check_same_msam
+from ..msam.adapter import check_same_msam
 from ..tuner.config import TargetsConfig
 from .directory import read_together
 from .patterns import check_patterns

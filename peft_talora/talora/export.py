@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
-from ..msam_adapter import is_msam
+from ..msam.adapter import is_msam
 from ..routing.router import task_index
 from ..saving.directory import written_aside
 from .layer import TALoraLinear

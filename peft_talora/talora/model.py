@@ -10,8 +10,8 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
-from ..msam_adapter import is_msam, task_of_module
-from ..routing.hooks import add_task_hook, names_task_ids, remove_task_hook
+from ..msam.adapter import is_msam, task_of_module
+from ..routing.hooks import add_task_hook, remove_task_hook
 from ..routing.mixed_batch import check_adapter_names, route_adapters, saved_modules_use
 from ..routing.router import TaskRequest, TaskRouter, find_routers, set_task, task_index, use_task
 from ..routing.signature import hide_task_ids, show_task_ids
@@ -174,7 +174,8 @@ class TALoraModel(PluginTuner):
     ) -> Iterator[None]:
         if isinstance(task_ids, str | int):
             raise ValueError(f"task_ids takes one task per sample, got {task_ids!r}; use use_task for a single task.")
-        if adapter_names is None and (task_ids is None or names_task_ids(self.model)):
+        # an mSAM routes its own
+        if adapter_names is None and (task_ids is None or is_msam(self.model)):
             yield
             return
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))

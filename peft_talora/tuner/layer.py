@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
+
+from ..routing.layers import layer_made
 
 
 class PluginLayer(BaseTunerLayer):
@@ -24,8 +27,12 @@ class PluginLayer(BaseTunerLayer):
         TypeError: The size of the layer's input and output is not known.
     """
 
+    # a layer of one of our tuners; see `routing.layers`
+    is_tuned_layer = True
     # whether the output depends on the task that the forward is for
     is_task_aware = False
+    # how the auxiliary values of all layers become one loss
+    auxiliary_reduction: Callable[[torch.Tensor], torch.Tensor] = staticmethod(torch.sum)
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -45,6 +52,7 @@ class PluginLayer(BaseTunerLayer):
         if in_features is None or out_features is None:
             raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}.")
         self.in_features, self.out_features = in_features, out_features
+        layer_made()
 
     def base_result(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output, to which an update can be added."""
@@ -56,6 +64,10 @@ class PluginLayer(BaseTunerLayer):
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """The adapter's parameters in the order of `adapter_layer_names`."""
         return [getattr(self, name)[adapter_name] for name in self.adapter_layer_names]
+
+    def auxiliary_values(self, adapter_name: str) -> torch.Tensor | None:
+        """What the adapter brings to the auxiliary loss, weighted: (n,), to be reduced over all layers; None for nothing."""
+        return None
 
     def _activate(self, adapter_name: str, config: PeftConfig) -> None:
         """The end of every `update_layer`: new parameters go where the base layer is, and are frozen unless active."""

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from ..msam_adapter import prepare_for_msam
+from ..msam.adapter import prepare_for_msam
 from ..routing.checkpointing import add_checkpoint_hooks, remove_checkpoint_hooks
 from ..saving.settings import check_settings, split_settings, with_settings
 from ..saving.tensors import check_adapter_state, without_unsaved

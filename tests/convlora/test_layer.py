@@ -316,7 +316,7 @@ class TestPrecision:
         with torch.autocast("cpu", dtype=dtype):
             output = model(x)
         assert output.dtype == dtype and output.isfinite().all()
-        assert layer.balancing_loss("default").dtype == torch.float32
+        assert layer.auxiliary_values("default").dtype == torch.float32
         (output.float().mean() + auxiliary_loss(model)).backward()
         assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in parameters_of(layer))
         if not train:
