@@ -20,6 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
@@ -49,6 +50,9 @@ from training.stopping import Interrupted, Interruption, check_finite, on_main_p
 
 # shares of the steps in which a learning rate climbs: what the decoders ask of the encoder means little at first
 WARMUP, ENCODER_WARMUP = 0.05, 0.4
+# of AdamW: at the start many gradients are zero on paper (the channels of a task are copies of each other, U2 is zero) and
+# rounding noise in fact, of 1e-7 and less. 1e-8 makes full steps of the noise, so that a number of threads decides the run.
+EPS = 1e-5
 
 
 # --- Data -----------------------------------------------------------------------------------------------------------
@@ -83,8 +87,8 @@ def endless(
     while True:
         epoch, done = divmod(start, per_epoch)
         dataset.set_epoch(epoch)
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed + epoch))
-        batches = order[: per_epoch * processes * size].view(per_epoch, processes, size)[done:, index].tolist()
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(dataset))
+        batches = order[: per_epoch * processes * size].reshape(per_epoch, processes, size)[done:, index].tolist()
         for batch in make_loader(dataset, args, collate, batch_sampler=batches):
             yield send_to_device(batch, accelerator.device)
         start += len(batches)
@@ -136,15 +140,16 @@ def make_optimizer(model, args: argparse.Namespace) -> torch.optim.Optimizer:
         left.difference_update(own)
         if own:
             found.append({"name": name, "params": own, "lr": lr, "warmup": warmup})
-    return torch.optim.AdamW(found, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(found, weight_decay=args.weight_decay, eps=EPS)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, total: int) -> LambdaLR:
-    """Linear decay over `total` steps, times each group's own linear warm-up."""
+def make_scheduler(optimizer: torch.optim.Optimizer, steps: int, processes: int = 1) -> LambdaLR:
+    """Linear decay over the steps, times each group's own linear warm-up; no step has a rate of zero."""
 
-    def factor(step: int, warmup: float) -> float:
-        # not rounded to whole steps: `total` counts every process's, and their number must not matter
-        return min(1.0, step / max(1, warmup * total)) * (1 - step / total)
+    def factor(count: int, warmup: float) -> float:
+        # accelerate's scheduler counts once per process. Not rounded: their number must not matter
+        done = count / processes
+        return min(1.0, (done + 1) / max(1, warmup * steps)) * (1 - done / steps)
 
     return LambdaLR(optimizer, [functools.partial(factor, warmup=group["warmup"]) for group in optimizer.param_groups])
 
@@ -256,8 +261,7 @@ def train(run: Run, checkpoint: Checkpoint | None) -> Trained:
     best = BestAdapter(find_metric(args.keep_best, data.tasks), args.patience) if args.keep_best else None
     loader = make_test_loader(data.validation if best else data.test, data.tasks, processor, args)
     optimizer = make_optimizer(model, args)
-    # the scheduler of accelerate steps once per process
-    scheduler = make_scheduler(optimizer, args.steps * accelerator.num_processes)
+    scheduler = make_scheduler(optimizer, args.steps, accelerator.num_processes)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     if accelerator.process_index > 0:
         # the processes see different images: noise and dropout are to differ, too
@@ -277,9 +281,8 @@ def train(run: Run, checkpoint: Checkpoint | None) -> Trained:
         step += 1
         progress.update()
         progress.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
-        if (
-            run.method == args.method
-        ):  # a tracker has one axis of steps: the baseline's curves would lie over the run's own
+        # a tracker has one axis of steps: the baseline's curves would lie over the run's own
+        if run.method == args.method:
             tracking.log_step(accelerator, model, run.method, step, losses, optimizer)
         if args.eval_every and (step % args.eval_every == 0 or (best and step == args.steps)):
             found, _ = evaluate(accelerator, model, loader, processor, data.tasks)

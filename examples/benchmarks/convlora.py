@@ -63,7 +63,7 @@ def layer_row(args: argparse.Namespace, name: str, shape: tuple, width: int, com
     linear, ours = wrap(layer.base_layer), wrap(layer)
 
     def run_ours() -> None:
-        gradients((ours(x), layer.balancing_loss("default")), [x, *parameters], cotangent)
+        gradients((ours(x), layer.auxiliary_values("default")), [x, *parameters], cotangent)
 
     variants = {
         "base": lambda: gradients((linear(x),), [x], cotangent),

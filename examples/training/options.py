@@ -130,7 +130,7 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     add("--image-size", type=count, metavar="PIXELS", help="side of the model's input (default: the base's own)")
 
     add = group("training")
-    add("--steps", type=count, default=240, metavar="N", help="optimiser steps")
+    add("--steps", type=count, default=80, metavar="N", help="optimiser steps")
     add("--batch-size", type=count, default=4, metavar="N", help="images per forward and process")
     add("--grad-accumulation", type=count, default=1, metavar="N", help="forwards per step")
     rate = number(0, LARGEST_RATE)

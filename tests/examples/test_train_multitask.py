@@ -197,7 +197,7 @@ class TestOptimizer:
         args = parse_args(["--base", base, "--weight-decay", "0.5", *options])
         model = script.make_model(args, args.method, parse_tasks({"depth": {"kind": "depth"}}))
         groups = script.make_optimizer(model, args).param_groups
-        assert {group["weight_decay"] for group in groups} == {0.5}
+        assert {(group["weight_decay"], group["eps"]) for group in groups} == {(0.5, 1e-5)}
         found = {id(p): (group["lr"], group["warmup"]) for group in groups for p in group["params"]}
         assert len(found) == sum(len(group["params"]) for group in groups)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -355,20 +355,34 @@ def test_each_group_climbs_in_its_own_time_and_all_fall():
     groups = [{"params": [torch.zeros(1)], "lr": lr, "warmup": warmup} for lr, warmup in ((1.0, 0.05), (2.0, 0.4))]
     optimizer = torch.optim.SGD(groups)
     scheduler, rates = script.make_scheduler(optimizer, 100), []
-    for _ in range(101):
+    for _ in range(100):
         rates.append(scheduler.get_last_lr())
         optimizer.step()
         scheduler.step()
     expected = {
-        0: (0, 0),
-        4: (0.8 * 0.96, 0.2 * 0.96),
-        5: (0.95, 0.25 * 0.95),
-        40: (0.6, 1.2),
+        0: (0.2, 0.05),
+        3: (0.8 * 0.97, 0.2 * 0.97),
+        4: (0.96, 0.25 * 0.96),
+        39: (0.61, 1.22),
         70: (0.3, 0.6),
-        100: (0, 0),
+        99: (0.01, 0.02),
     }
     for step, values in expected.items():
         assert rates[step] == pytest.approx(values), step
+
+
+def test_the_schedule_does_not_depend_on_the_number_of_processes():
+    def rates(processes):
+        optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 1.0, "warmup": 0.4}])
+        scheduler, found = script.make_scheduler(optimizer, 10, processes), []
+        for _ in range(10):
+            found += scheduler.get_last_lr()
+            optimizer.step()
+            for _ in range(processes):
+                scheduler.step()
+        return found
+
+    assert rates(3) == pytest.approx(rates(1))
 
 
 class TestBadInput:
