@@ -6,6 +6,7 @@ from .dataset import MultiTaskDataset, collate, collate_own_size
 from .detection import detect_tasks
 from .images import IMAGE_SUFFIXES, read_image
 from .loading import load_multitask_dataset
+from .report import DataReport, check_dataset, save_check_sheet
 
 __all__ = [
     "IGNORE_INDEX",
@@ -13,11 +14,14 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "TASK_COLUMNS",
     "Augmentation",
+    "DataReport",
     "MultiTaskDataset",
     "TaskColumn",
+    "check_dataset",
     "collate",
     "collate_own_size",
     "detect_tasks",
     "load_multitask_dataset",
     "read_image",
+    "save_check_sheet",
 ]

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from ..msam.geometry import check_sides
-from ..msam.labels import label_tensor, square_label
+from ..msam.labels import square_label
 from ..msam.processing import MSamProcessor
 from ..msam.tasks import Tasks, TaskSpec, parse_tasks
-from ..pictures import image_array
 from .augmentation import Augmentation
 from .columns import IMAGE_COLUMN, TASK_COLUMNS, task_column
 from .detection import check_image_column
-from .rows import array_rows, column_names, label_array
+from .rows import array_rows, column_names, place_of, read_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,8 +65,7 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.own_size = own_size
         self.epoch = 0
-        self._columns = {name: task_column(name) for name in self.tasks}
-        present = [column for column in self._columns.values() if column in columns]
+        present = [column for column in map(task_column, self.tasks) if column in columns]
         self._rows = array_rows(dataset, [IMAGE_COLUMN, *present])
 
     def __len__(self) -> int:
@@ -102,27 +100,11 @@ class MultiTaskDataset(torch.utils.data.Dataset):
             raise IndexError(f"row {index} of a dataset with {len(self)} rows")
         row = self._rows[index]
         try:
-            image = image_array(row[IMAGE_COLUMN])
+            image, labels = read_row(row, self.tasks)
             check_sides(image.shape[:2], self.processor.image_size)
-            return image, {name: self._label(name, row, image.shape[:2]) for name in self.tasks}
         except ValueError as error:
-            raise ValueError(f"{self._place(index)}: {error}") from error
-
-    def _label(self, name: str, row: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
-        label = label_array(self.tasks[name].kind, row.get(self._columns[name]))
-        if label is not None and label.shape[-2:] == size[::-1] != size:
-            raise ValueError(
-                f"the label of task {name!r} fits the image turned by a quarter: an image whose EXIF orientation says so is "
-                "turned upright when it is read, and its label has to be turned with it"
-            )
-        return label_tensor(name, self.tasks[name], label, size)
-
-    def _place(self, index: int) -> str:
-        """Where a row is from, for messages."""
-        if getattr(self._rows, "format", {}).get("type") == "custom":
-            file = self._rows.with_format(None)[index][IMAGE_COLUMN]
-            return f"row {index} ({file})"
-        return f"row {index}"
+            raise ValueError(f"{place_of(self._rows, index)}: {error}") from error
+        return image, labels
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

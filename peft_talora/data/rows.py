@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from ..kinds import KINDS
-from .columns import IMAGE_COLUMN
+from ..kinds import KINDS, TaskSpec
+from ..msam.labels import label_tensor
+from ..pictures import image_array
+from .columns import IMAGE_COLUMN, task_column
 from .images import label_values
 
 # Unlabelled pixels of a map of classes, whatever else may mean that.
@@ -87,6 +90,39 @@ def label_array(kind: str, values: Any) -> np.ndarray | None:
             )
         return np.where(known, values, _NO_CLASS).astype(np.int64)
     return values
+
+
+def read_row(row: Mapping[str, Any], tasks: Mapping[str, TaskSpec]) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """The image of a row, uint8 (H, W, 3), and ``{task: label map}`` as ``label_tensor`` makes them, as large as the image.
+
+    Raises:
+        ValueError: If the image cannot be read, or a label does not fit it or its task.
+    """
+    image = image_array(row[IMAGE_COLUMN])
+    return image, {name: _row_label(name, spec, row, image.shape[:2]) for name, spec in tasks.items()}
+
+
+def _row_label(name: str, spec: TaskSpec, row: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
+    label = label_array(spec.kind, row.get(task_column(name)))
+    if label is not None and label.shape[-2:] == size[::-1] != size:
+        raise ValueError(
+            f"the label of task {name!r} fits the image turned by a quarter: an image whose EXIF orientation says so is "
+            "turned upright when it is read, and its label has to be turned with it"
+        )
+    return label_tensor(name, spec, label, size)
+
+
+def stored_row(rows: Any, index: int) -> dict[str, Any] | None:
+    """{column: file} of a row that reads its own files; None of any other."""
+    if getattr(rows, "format", {}).get("type") == "custom":
+        return rows.with_format(None)[index]
+    return None
+
+
+def place_of(rows: Any, index: int) -> str:
+    """Where a row is from, for messages."""
+    stored = stored_row(rows, index)
+    return f"row {index}" if stored is None else f"row {index} ({stored[IMAGE_COLUMN]})"
 
 
 def _is_encoded(feature: Any) -> bool:

@@ -21,6 +21,8 @@ _NORM_EPS = 1e-6
 _SHORTEST_NORMAL, _LONGEST_NORMAL = 0.5, 1.5
 # Most normals of a file have a length this near to 1; the shorter ones have been blurred.
 _LENGTH_TOLERANCE = 0.15
+# As many of a map are looked at where every map of a data set pays for it.
+_LOOKED_AT = 4096
 _UNSIGNED = ((0.0, 1.0), (0.0, 255.0), (0.0, 65535.0))
 _RANGES = {np.uint8: (0.0, 255.0), np.uint16: (0.0, 65535.0)}
 
@@ -118,13 +120,20 @@ def normals_from_numbers(values: np.ndarray, numbers: Numbers, num_channels: int
 
 def _check_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> None:
     """Refuse vectors that most likely are not in the range that they were read as."""
+    odd = _odd_lengths(values, length, ends)
+    if odd is not None:
+        raise ValueError(odd)
+
+
+def _odd_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> str | None:
+    """What is wrong with the lengths of vectors (3, ...), and which field cures it; None where they are near 1."""
     given = np.isfinite(values).all(axis=0) & (values != 0).any(axis=0)
     if not given.any():
-        return
+        return None
     low, high = float(values[:, given].min()), float(values[:, given].max())
     right = 2 * (np.abs(length[given] - 1) <= _LENGTH_TOLERANCE).sum() >= given.sum()
     if right and low < 0:
-        return
+        return None
     deviation = np.median(np.abs(length[given] - 1))
     # (n + 1) / 2 has a length near 1, too: what lies nearer to it is what is meant
     other = next((ends for ends in _UNSIGNED if low >= 0 and high <= ends[1]), None)
@@ -135,13 +144,20 @@ def _check_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> None:
     ):
         cure = f"they are unit vectors where these stand for -1 and 1: say `range: [{other[0]:g}, {other[1]:g}]`"
     elif right:
-        return
+        return None
     else:
         cure = "say `range: [lowest, highest]`, the numbers that stand for -1 and 1, or `normalize: true` where only directions count"
-    raise ValueError(
+    return (
         f"normals are vectors of length 1, these (of numbers from {low:g} to {high:g}) have one of "
         f"{np.median(length[given]):.2f}; {cure}"
     )
+
+
+def doubt_normals(label: Tensor, ignore_index: int) -> str | None:
+    """What is odd in normals (3, H, W): some pixels of them are not of length 1, or stand for other numbers."""
+    pixels = label.flatten(1)
+    pixels = pixels[:, :: max(1, pixels.shape[1] // _LOOKED_AT)].double().numpy()
+    return _odd_lengths(pixels, np.linalg.norm(pixels, axis=0), (-1.0, 1.0))
 
 
 def _deviation(values: np.ndarray, ends: Range) -> float:
@@ -182,6 +198,7 @@ TASK_KINDS = {
             "within_22": True,
             "within_30": True,
         },
+        doubt=doubt_normals,
         negated_by_flip=(0,),
         file_fields=("axes",),
         own_fields={"range": _range, "normalize": _true_or_false},

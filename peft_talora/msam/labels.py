@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..kinds import TaskSpec
+from ..kinds import TaskSpec, doubts
 from ..losses import check_labels
 from .geometry import Size, reshaped_size
 
 # Below this share of labelled pixels in the mean, what is left is rounding.
 _MIN_VALID = 1e-6
 _ROUNDING = 1e-4
-
-# Of these tasks a label was doubted; once per process is enough.
-_doubted: set[str] = set()
 
 
 def label_tensor(name: str, spec: TaskSpec, label: Any, size: Size) -> Tensor:
@@ -132,10 +128,10 @@ def _cover(spec: TaskSpec, mask: Tensor, size: Size) -> Tensor:
 
 
 def _warn_of_doubt(name: str, spec: TaskSpec, label: Tensor) -> None:
-    doubt = None if name in _doubted else spec.task_kind.doubt(label, spec.ignore_index)
+    subject = f"labels of task {name!r}"
+    doubt = spec.task_kind.doubt(label, spec.ignore_index) if doubts.is_wanted(subject) else None
     if doubt is not None:
-        _doubted.add(name)
-        warnings.warn(f"labels of task {name!r}: {doubt}", stacklevel=3)
+        doubts.tell(subject, doubt, stacklevel=4)
 
 
 def _labelled(spec: TaskSpec, label: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from peft_talora.data import (
     detect_tasks,
     load_multitask_dataset,
 )
+from peft_talora.kinds import doubts
 from peft_talora.losses import task_loss
 from peft_talora.metrics import MultiTaskMetrics
 from peft_talora.msam.processing import MSamProcessor, image_array
@@ -306,7 +307,7 @@ def test_the_processor_that_was_given_prepares_the_images():
 
 
 def test_an_image_is_converted_once(monkeypatch):
-    from peft_talora.data import dataset as module
+    from peft_talora.data import rows as module
 
     calls = []
     monkeypatch.setattr(module, "image_array", lambda image: calls.append(1) or image_array(image))
@@ -344,8 +345,8 @@ def test_metrics_at_the_labels_own_resolution():
 
 class TestDoubtfulLabels:
     @pytest.fixture(autouse=True)
-    def nothing_doubted_yet(self, monkeypatch):
-        monkeypatch.setattr("peft_talora.msam.labels._doubted", set())
+    def nothing_doubted_yet(self):
+        doubts.forget()
 
     def warnings_of(self, mask):
         row = {**make_row(0), "saliency": mask}

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from peft_talora import MSamProcessor, TaskSpec
-from peft_talora.msam import labels as labels_module
+from peft_talora.kinds import doubts
 from peft_talora.msam.labels import label_tensor, resize_label
 
 SIZE = (4, 6)
 
 
 @pytest.fixture(autouse=True)
-def nothing_doubted_yet(monkeypatch):
-    monkeypatch.setattr(labels_module, "_doubted", set())
+def nothing_doubted_yet():
+    doubts.forget()
 
 
 def filled(*values):

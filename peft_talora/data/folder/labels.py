@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from ...kinds import doubts
 from ..images import LabelValues, read_header, read_label_values
 from .description import ImageReading, TaskFiles
 from .fields import packed_colors
@@ -15,9 +15,6 @@ from .fields import packed_colors
 # Blocks of JPEG are this large, with colours at half the resolution.
 _JPEG_BLOCK = 16
 _AS_A_PERSON_SEES_IT = ImageReading()
-
-# What was doubted of a task; once per process is enough.
-_doubted: set[str] = set()
 
 
 def read_label(
@@ -47,9 +44,8 @@ def read_label(
             The message names the file and the field.
     """
     label, doubt = convert_label(path, task, size, where, image, reading)
-    if doubt is not None and where not in _doubted:
-        _doubted.add(where)
-        warnings.warn(f"{path} ({where}): {doubt}", stacklevel=2)
+    if doubt is not None:
+        doubts.tell(where, doubt, place=str(path))
     return label
 
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from small_folders import SEMANTIC, mask, write_folder
 
-from peft_talora.data.folder import labels as module
 from peft_talora.data.folder.rows import load_folder_dataset
+from peft_talora.kinds import doubts
 
 CLASSES = {"files": "labels", "class_names": ["background", "object"]}
 UNIT = np.array([0.6, 0.0, -0.8], "float32")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_doubted_yet(monkeypatch):
-    monkeypatch.setattr(module, "_doubted", set())
+def _nothing_doubted_yet():
+    doubts.forget()
 
 
 def first(folder, column):

@@ -1,0 +1,89 @@
+"""A few rows of each split as a picture, labels drawn over them: what the model will see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from ...drawing import color_range, draw
+from ...kinds import TaskSpec
+from ..columns import IMAGE_COLUMN, task_column
+from ..rows import array_rows, column_names, place_of, read_row
+from .report import DataReport
+
+SIDE, MARGIN, TITLE = 224, 6, 18
+# How much of a label covers its image.
+_COVER = 0.6
+
+
+def save_check_sheet(splits: Mapping[str, Any], report: DataReport, path: str | Path, rows_per_split: int = 4) -> Path:
+    """Draw the first rows of each split that have labels.
+
+    Args:
+        splits: What [`check_dataset`] gave.
+        report: Its report.
+        path: The PNG.
+        rows_per_split: How many rows of each split.
+
+    Returns:
+        The path.
+    """
+    lines = []
+    for split, rows in splits.items():
+        columns = [task_column(name) for name in report.tasks if task_column(name) in column_names(rows)]
+        reader = array_rows(rows, [IMAGE_COLUMN, *columns])
+        examples = _examples(report, split, len(rows), rows_per_split)
+        shown = [read_row(reader[index], report.tasks) for index in examples]
+        places = [place_of(rows, index) for index in examples]
+        ranges = {
+            name: color_range(spec, [labels[name] for _, labels in shown], (0, 100))
+            for name, spec in report.tasks.items()
+        }
+        for place, (image, labels) in zip(places, shown, strict=True):
+            pictures = [
+                image,
+                *(_over(image, spec, labels[name], ranges[name]) for name, spec in report.tasks.items()),
+            ]
+            lines.append((f"{split}: {place}", pictures))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _pasted(lines, ["image", *report.tasks]).save(path)
+    return path
+
+
+def _examples(report: DataReport, split: str, number: int, most: int) -> list[int]:
+    """Rows evenly taken from those that can be read."""
+    summary = report.splits[split]
+    # where rows were left out already, the others are those that can be read
+    readable = [index for index in range(number) if number < summary.rows or index not in summary.errors]
+    return readable[:: max(1, len(readable) // most)][:most]
+
+
+def _over(image: np.ndarray, spec: TaskSpec, label: Any, value_range: Any) -> np.ndarray:
+    """A label drawn over its image; the image alone where nothing is labelled."""
+    labelled = spec.task_kind.labelled(label, spec.ignore_index).numpy()[..., None]
+    drawn = _COVER * draw(spec, label, value_range) + (1 - _COVER) * image
+    return np.where(labelled, drawn, image).round().astype(np.uint8)
+
+
+def _pasted(lines: list[tuple[str, list[np.ndarray]]], columns: list[str]) -> Image.Image:
+    font, step = ImageFont.load_default(12), SIDE + MARGIN
+    rows = [
+        (title, [ImageOps.contain(Image.fromarray(each), (SIDE, SIDE)) for each in pictures])
+        for title, pictures in lines
+    ]
+    heights = [TITLE + max(picture.height for picture in pictures) + MARGIN for _, pictures in rows]
+    sheet = Image.new("RGB", (MARGIN + step * len(columns), TITLE + sum(heights)), "white")
+    pen, top = ImageDraw.Draw(sheet), TITLE
+    for column, name in enumerate(columns):
+        pen.text((MARGIN + step * column, 2), name, "black", font)
+    for (title, pictures), height in zip(rows, heights, strict=True):
+        pen.text((MARGIN, top + 2), title[-110:], "dimgrey", font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture, (MARGIN + step * column, top + TITLE))
+        top += height
+    return sheet
