@@ -11,7 +11,7 @@ from html import escape
 from io import BytesIO
 
 import numpy as np
-from contact_sheet import bar_scale, class_entries, classes_shown, normals_ball, shows_directions
+from legends import bar_scale, class_entries, classes_shown, normals_ball, shows_directions
 from PIL import Image
 from predict import paint, thumbnail
 

@@ -46,6 +46,7 @@ from training.checkpoints import Checkpoint, find_checkpoint
 from training.data import Data, load_data
 from training.launch import make_accelerator, set_threads
 from training.run import Run, at_step, begin, resume, save
+from training.shown import keep_predictions, load_maps
 from training.stopping import Interrupted, Interruption, check_finite, on_main_process, run_script
 
 # shares of the steps in which a learning rate climbs: what the decoders ask of the encoder means little at first
@@ -331,8 +332,11 @@ def train_baseline(run: Run) -> dict[str, dict[str, float | None]]:
     found = results.finished_baseline(directory / folder.BASELINE, run.identity()) if run.args.resume else None
     if found is None:
         checkpoint = find_checkpoint(run.args.resume and "latest", run.checkpoints, run.identity(), accelerator.print)
-        found, _ = measure(run, train(run, checkpoint))
+        trained = train(run, checkpoint)
+        found, _ = measure(run, trained)
         if accelerator.is_main_process:
+            model, maps = accelerator.unwrap_model(trained.model), directory / folder.BASELINE_MAPS
+            keep_predictions(model, trained.processor, run.data.test, run.data.tasks, maps)
             folder.write_json(directory / folder.BASELINE, {"arguments": run.identity(), "tasks": found})
     if accelerator.is_main_process:
         folder.remove(run.checkpoints)
@@ -390,7 +394,8 @@ def finish(run: Run, model, processor: pt.MSamProcessor, summary: dict[str, Any]
     print(results.in_words(args, model, summary))
     tracking.log_results(run.accelerator, "final", summary["tasks"], summary["steps"])
     try:
-        draw_predictions(model, processor, run.data.test, run.data.tasks, picture)
+        baseline = load_maps(args.output_dir / folder.BASELINE_MAPS) if args.baseline == "train" else None
+        draw_predictions(model, processor, run.data.test, run.data.tasks, picture, {"decoders only": baseline})
         tracking.log_picture(run.accelerator, picture, summary["steps"])
     except Exception as error:
         print(f"{picture} could not be drawn: {error}", file=sys.stderr)

@@ -27,8 +27,9 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT_RECORD = "checkpoint.json"
 BASELINE_CHECKPOINTS = "baseline_checkpoints"
 BASELINE = "baseline.json"
+BASELINE_MAPS = "baseline_maps.npz"
 # what belongs to one run, and is put aside when another one begins
-OF_A_RUN = (CHECKPOINTS, BASELINE_CHECKPOINTS, BASELINE)
+OF_A_RUN = (CHECKPOINTS, BASELINE_CHECKPOINTS, BASELINE, BASELINE_MAPS)
 
 
 def new_run_id() -> str:

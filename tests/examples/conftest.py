@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from small_models import make_sam
+from small_training import make_row
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -30,18 +31,6 @@ def base(tmp_path_factory):
 @pytest.fixture
 def scenes_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-def make_row(seed, side=32):
-    """A row of noise, all of it labelled for classes (0 to 2), depth and normals."""
-    random = np.random.default_rng(seed)
-    normals = random.normal(size=(3, side, side))
-    return {
-        "image": random.random((3, side, side)).astype("float32"),
-        "segmentation": random.integers(0, 3, (side, side)),
-        "depth": random.uniform(1, 5, (1, side, side)).astype("float32"),
-        "normal": (normals / np.linalg.norm(normals, axis=0)).astype("float32"),
-    }
 
 
 @pytest.fixture(scope="session")

@@ -221,3 +221,19 @@ def test_a_finished_run_may_get_more_steps(run, options, tmp_path, capsys):
     assert "it had 2 steps to do, now 4" in capsys.readouterr().out
     state = torch.load(tmp_path / "checkpoints/step-4/training_state.pt", weights_only=True)
     assert state["scheduler"]["last_epoch"] == 4 and state["scheduler"]["_last_lr"] == pytest.approx([0.0] * 4)
+
+
+def test_the_picture_shows_the_baseline_of_this_run(run, options, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(script, "draw_predictions", lambda *arguments: given.append(arguments[-1]["decoders only"]))
+    run(tmp_path, *options)
+    run(tmp_path, *options, "--baseline", "train")
+    # the baseline was finished earlier
+    run(tmp_path, *options, "--baseline", "train", "--resume", "latest")
+    (tmp_path / "baseline_maps.npz").unlink()
+    run(tmp_path, *options, "--baseline", "train", "--resume", "latest")
+    none, first, resumed, lost = given
+    assert none is lost is None and len(first) == len(resumed) == 3
+    assert all(
+        (a["depth"] == b["depth"]).all() and a["depth"].shape == (32, 32) for a, b in zip(first, resumed, strict=True)
+    )
