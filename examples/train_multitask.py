@@ -42,6 +42,7 @@ from pictures import draw_predictions
 from training import folder, options, results, tracking
 from training.adapter import adapted_layers, adapter_data, load_adapter
 from training.best import BestAdapter, find_metric
+from training.check import check_data
 from training.checkpoints import Checkpoint, find_checkpoint
 from training.data import Data, load_data
 from training.launch import make_accelerator, set_threads
@@ -411,7 +412,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Data] = load_data) -
         model = load_adapter(args) if args.init_from else None
         image_size = args.image_size or load_sam(args.base).config.vision_config.image_size
         with accelerator.main_process_first():
-            data = load(args, image_size) if model is None else adapter_data(args, model, load)
+            data = check_data(args, load(args, image_size) if model is None else adapter_data(args, model, load))
         accelerator.init_trackers("peft_talora", config={name: str(value) for name, value in vars(args).items()})
         checkpoints = args.output_dir / folder.CHECKPOINTS
         run = Run(args, accelerator, data, interruption, args.method, "", checkpoints, model)

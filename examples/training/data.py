@@ -27,6 +27,7 @@ class Data:
         tasks: {name: TaskSpec}.
         augment: Random changes of what is trained on.
         validation: Rows by which the best adapter is chosen, where that is asked for; none of them is trained or tested on.
+        source: What the rows are from.
         identity: What else a resumed run must have in common with the run that it goes on with.
         make_dataset: Makes items to train on of rows, as `MultiTaskDataset` does.
     """
@@ -36,6 +37,7 @@ class Data:
     tasks: dict[str, pt.TaskSpec]
     augment: Augmentation = field(default_factory=Augmentation)
     validation: Any = None
+    source: Any = None
     identity: dict[str, Any] = field(default_factory=dict)
     make_dataset: Callable[..., MultiTaskDataset] = MultiTaskDataset
 
@@ -70,6 +72,7 @@ def load_data(
         tasks=tasks,
         augment=augmentation_for(splits, tuple(args.crop_scales), not args.no_flip),
         validation=None if validation is None else some_rows(validation, args.max_test_images),
+        source=splits,
     )
 
 

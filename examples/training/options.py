@@ -120,6 +120,9 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
         action="store_true",
         help="augmentation: never mirror an image; a folder's dataset.yaml can say so, too",
     )
+    add("--check", action="store_true", help="stop after the report on the data, which every run prints, and draw some rows with "
+        "their labels: check.png in the output folder")  # fmt: skip
+    add("--skip-bad-files", action="store_true", help="leave out rows that cannot be read, and say how many")
     add("--num-workers", type=whole(0), default=0, metavar="N", help="processes that load data")
 
     add = group("model")

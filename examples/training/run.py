@@ -22,7 +22,7 @@ from .options import option
 from .stopping import Diverged, Interruption
 
 # options that a resumed run may change: they do not change what is trained
-FREE_OPTIONS = ("output_dir", "overwrite", "resume", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_only", "patience",
+FREE_OPTIONS = ("check", "output_dir", "overwrite", "resume", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_only", "patience",
                 "baseline", "report_to", "num_workers", "num_threads", "gradient_checkpointing", "push_to_hub")  # fmt: skip
 
 

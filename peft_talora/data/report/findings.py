@@ -31,12 +31,13 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def find_problems(splits: Mapping[str, Any], summaries: Mapping[str, SplitSummary]) -> Findings:
+def find_problems(splits: Mapping[str, Any], summaries: Mapping[str, SplitSummary], source: Any) -> Findings:
     """Look for what is odd.
 
     Args:
-        splits: ``{split: rows}``, as they were loaded.
+        splits: ``{split: rows}``.
         summaries: ``{split: what was found in them}``.
+        source: What they are from; a folder knows which of its files were not used.
     """
     found = Findings()
     for split, summary in summaries.items():
@@ -53,7 +54,7 @@ def find_problems(splits: Mapping[str, Any], summaries: Mapping[str, SplitSummar
         others = {split: summary.tasks[name] for split, summary in summaries.items() if split != "train"}
         found.warnings += _odd_elsewhere(name, task, others)
     found.warnings += _twins(splits, summaries)
-    found.notes += _partners(splits, summaries)
+    found.notes += [*_partners(splits, summaries), *_unused(source)]
     return found
 
 
@@ -118,16 +119,20 @@ def _twins(splits: Mapping[str, Any], summaries: Mapping[str, SplitSummary]) -> 
 
 
 def _partners(splits: Mapping[str, Any], summaries: Mapping[str, SplitSummary]) -> Iterator[str]:
-    """Images and labels without each other, and images that no split wants."""
+    """Images without labels."""
     for split, summary in summaries.items():
         for name, task in summary.tasks.items():
             if 0 < task.labelled_images < task.images:
                 example = place_of(splits[split], task.unlabelled)
                 yield f"{split}: {name}: {task.images - task.labelled_images} images have no label, such as {example}"
-    files = getattr(splits, "files", None)
+
+
+def _unused(source: Any) -> Iterator[str]:
+    """Labels without an image, and images that no split wants."""
+    files = getattr(source, "files", None)
     for name, orphans in (files.orphans if files else {}).items():
         yield f"{name}: {len(orphans)} label files belong to no image, such as {orphans[0]}"
-    left_out = getattr(splits, "left_out", None)
+    left_out = getattr(source, "left_out", None)
     if left_out:
         yield f"{len(left_out)} images are in no split, such as {left_out[0]!r}"
 

@@ -44,7 +44,13 @@ class DataReport:
 
 
 def check_dataset(
-    splits: Mapping[str, Any], tasks: Tasks, *, skip_bad_files: bool = False, cache: bool = True, progress: bool = True
+    splits: Mapping[str, Any],
+    tasks: Tasks,
+    *,
+    source: Any = None,
+    skip_bad_files: bool = False,
+    cache: bool = True,
+    progress: bool = True,
 ) -> tuple[DataReport, dict[str, Any]]:
     """Read every image and label once, and say what they hold.
 
@@ -52,6 +58,7 @@ def check_dataset(
         splits: ``{split: rows}``, as ``load_multitask_dataset`` gives them, or lists of dicts. Images of "train" are those
             that are learnt from.
         tasks: The tasks, as ``parse_tasks`` takes them.
+        source: What ``load_multitask_dataset`` gave, where `splits` are parts of it.
         skip_bad_files: Leave out rows that cannot be read, instead of counting them as errors.
         cache: Keep what was found, so that files with the same time and size are not read again.
         progress: Whether to show a progress bar.
@@ -59,14 +66,14 @@ def check_dataset(
     Returns:
         The report, and the splits: the same, or without the rows that cannot be read.
     """
-    tasks = parse_tasks(tasks)
+    tasks, source = parse_tasks(tasks), splits if source is None else source
     summaries = {}
     for split, rows in splits.items():
         file = (
-            cache_file(_source(splits, rows), split, tasks) if cache and not isinstance(rows, list | tuple) else None
+            cache_file(_source(source, rows), split, tasks) if cache and not isinstance(rows, list | tuple) else None
         )
         summaries[split] = summarize(examine_rows(rows, tasks, split, file, progress), tasks)
-    findings = find_problems(splits, summaries)
+    findings = find_problems(splits, summaries, source)
     kept = dict(splits)
     if skip_bad_files:
         findings.errors = [error for error in findings.errors if "cannot be read" not in error]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ...drawing import color_range, draw
-from ...kinds import TaskSpec
+from ...kinds import TaskSpec, doubts
 from ..columns import IMAGE_COLUMN, task_column
 from ..rows import array_rows, column_names, place_of, read_row
 from .report import DataReport
@@ -37,7 +37,8 @@ def save_check_sheet(splits: Mapping[str, Any], report: DataReport, path: str | 
         columns = [task_column(name) for name in report.tasks if task_column(name) in column_names(rows)]
         reader = array_rows(rows, [IMAGE_COLUMN, *columns])
         examples = _examples(report, split, len(rows), rows_per_split)
-        shown = [read_row(reader[index], report.tasks) for index in examples]
+        with doubts.collected():  # the report has them
+            shown = [read_row(reader[index], report.tasks) for index in examples]
         places = [place_of(rows, index) for index in examples]
         ranges = {
             name: color_range(spec, [labels[name] for _, labels in shown], (0, 100))

@@ -1,0 +1,43 @@
+"""A look at all of the data before the first step."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from accelerate import PartialState
+
+from peft_talora.data import DataReport, check_dataset, save_check_sheet
+
+from .data import Data
+
+
+def check_data(args: argparse.Namespace, data: Data) -> Data:
+    """Print what the images and labels hold; without the rows that cannot be read where the options say so.
+
+    With --check the program ends here.
+
+    Raises:
+        ValueError: A row cannot be read, or a task has nothing to learn from.
+    """
+    used = {"train": None if args.eval_only else data.train, "test": data.test, "validation": data.validation}
+    splits = {name: rows for name, rows in used.items() if rows is not None}
+    first = PartialState().is_main_process
+    report, kept = check_dataset(
+        splits, data.tasks, source=data.source, skip_bad_files=args.skip_bad_files, progress=first
+    )
+    if first:
+        print(report)
+    if args.check:
+        stop(args, kept, report)
+    report.raise_errors()
+    return replace(data, **kept)
+
+
+def stop(args: argparse.Namespace, splits: dict[str, Any], report: DataReport) -> None:
+    """Draw some rows and end the program, with code 1 where the data cannot be used."""
+    if PartialState().is_main_process:
+        sheet = save_check_sheet(splits, report, args.output_dir / "check.png")
+        print(f"some rows, labels drawn over them: {sheet}; nothing was trained")
+    raise SystemExit(1 if report.findings.errors else 0)
