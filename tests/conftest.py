@@ -1,6 +1,10 @@
 """Small models for all tests."""
 
+import os
 import traceback
+
+# the models here are so small that a second thread only waits, in the processes that tests start, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -9,7 +13,6 @@ from transformers import SamModel
 from transformers.utils import logging
 
 logging.disable_progress_bar()
-# the models here are so small that a second thread only waits
 torch.set_num_threads(1)
 
 
