@@ -81,9 +81,9 @@ def _odd_labels(task: TaskSummary) -> Iterator[str]:
     """What is odd in labels to learn from."""
     kind = task.spec.task_kind
     if kind.has_classes:
-        if len(task.counts) == 1 and task.spec.num_channels > 1:
+        if len(task.counts) == 1:
             number = next(iter(task.counts))
-            yield f"every labelled pixel is {task.class_name(number)!r} ({number}), one of {task.spec.num_channels} classes"
+            yield f"every labelled pixel is {task.class_name(number)!r} ({number}): there is nothing to tell apart"
         elif len(task.counts) < task.spec.num_channels:
             missing = [
                 task.class_name(number) for number in range(task.spec.num_channels) if number not in task.counts
