@@ -15,7 +15,6 @@ from .painting import palette
 
 # What unlabelled pixels of a file become; any negative label is unlabelled.
 _NO_CLASS = -1
-_WHITE = 255
 
 
 def labelled_classes(labels: Tensor, ignore_index: int) -> Tensor:
@@ -114,17 +113,6 @@ def _advice(classes: np.ndarray, num_channels: int, first: int) -> str:
     return ""
 
 
-def doubt_classes(label: Tensor, ignore_index: int) -> str | None:
-    """What is odd in a class map (H, W): it is black and white, and white means unlabelled."""
-    white = label == _WHITE
-    if ignore_index != _WHITE or not white.any() or white.all() or (label[~white] != 0).any():
-        return None
-    return (
-        "a class map holds 0 and 255 alone. 255 means unlabelled, so that there is one class: where white is a class, divide by "
-        "255 (for the files of a folder: `class_map: {0: 0, 255: 1}`)."
-    )
-
-
 def _first_class(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise ValueError("expected the number of the first class, an integer >= 0")
@@ -143,7 +131,6 @@ _CLASSES = TaskKind(
     resample="nearest",
     padding=None,
     has_classes=True,
-    doubt=doubt_classes,
     largest_label=lambda num_channels: num_channels - 1,
     higher_is_better={"miou": True, "pixel_accuracy": True},
     file_fields=("class_names", "num_classes", "class_map", "ignore"),

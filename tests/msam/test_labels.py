@@ -187,14 +187,3 @@ class TestThinPositives:
         mask = torch.full((1, 8, 8), 0.25)
         mask[0, :, 4:] = 0.75
         assert torch.equal(resize_label(TaskSpec("binary"), mask, (4, 4)), mask[:, ::2, ::2])
-
-
-def test_a_class_map_of_black_and_white_is_doubted():
-    white = np.zeros(SIZE, "int64")
-    white[1:3] = 255
-    with pytest.warns(UserWarning, match=r"'semantic'.*0 and 255 alone.*class_map: \{0: 0, 255: 1\}"):
-        label_tensor("semantic", TaskSpec("semantic", num_channels=2), white, SIZE)
-    white[0] = 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        label_tensor("parts", TaskSpec("parts", num_channels=2), white, SIZE)

@@ -83,7 +83,11 @@ def _odd_labels(task: TaskSummary) -> Iterator[str]:
     if kind.has_classes:
         if len(task.counts) == 1:
             number = next(iter(task.counts))
-            yield f"every labelled pixel is {task.class_name(number)!r} ({number}): there is nothing to tell apart"
+            yield f"every labelled pixel is {task.class_name(number)!r} ({number}): there is nothing to tell apart" + (
+                f"; are unlabelled pixels ({task.spec.ignore_index}) a class? In black and white maps say `class_map: {{0: 0, 255: 1}}`"
+                if task.labelled_pixels < task.pixels
+                else ""
+            )
         elif len(task.counts) < task.spec.num_channels:
             missing = [
                 task.class_name(number) for number in range(task.spec.num_channels) if number not in task.counts

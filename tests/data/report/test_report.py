@@ -233,3 +233,11 @@ def test_the_command(tmp_path, capsys, fault, code):
 def test_the_command_on_nothing(tmp_path, capsys):
     assert main([f"folder:{tmp_path / 'nowhere'}"]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_black_and_white_class_maps():
+    white = np.zeros(SIZE, "int64")
+    white[:8] = 255
+    rows = [{"image": np.zeros((*SIZE, 3), np.uint8), "segmentation": white}]
+    report, _ = check_dataset({"train": rows}, detect_tasks(rows), progress=False)
+    assert "there is nothing to tell apart; are unlabelled pixels (255) a class?" in report.findings.warnings[0]
