@@ -151,7 +151,7 @@ def load_model(folder: Path, base: str | None, device: torch.device):
         sam = load_base(base or recorded) if base or recorded else None
     except FileNotFoundError as error:
         where = "" if base else f" That is the SAM that {folder} was trained on: say with --base where it is now."
-        raise Unusable(f"{error}{where}") from error
+        raise FileNotFoundError(f"{error}{where}") from error
     return pt.MSamForMultiTask.from_adapter(folder, base_model=sam).to(device).eval()
 
 
