@@ -30,7 +30,10 @@ import torch
 
 # before Gradio is imported, which would tell its makers about every start
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-import gradio as gr
+try:
+    import gradio as gr
+except ImportError:  # --help does without
+    gr = None
 
 import peft_talora as pt
 
@@ -247,6 +250,9 @@ def message(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if gr is None:
+        print("error: the page is made with Gradio, which is not installed: pip install -e '.[demo]'", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:

@@ -34,6 +34,7 @@ from picture_files import OutputFiles, find_pictures, read_picture, refuse_forei
 from prediction import Maps, Picture, make_picture, one_thread, predict, shrink_image, shrink_map
 from tiles import predict_tiled
 
+TINY_SAM = Path(__file__).parent / "tiny_sam"
 SHEET = "contact_sheet.png"
 SHEET_SIDE = 320  # longest side of a picture on the sheet, in pixels
 BATCH_PIXELS = 16_000_000  # of the pictures that go through the model together: larger ones go alone
@@ -47,13 +48,7 @@ class Unusable(Exception):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE_OR_FOLDER",
-        help="folders are searched for pictures, with all below",
-    )
+    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="folders are searched, with all below")
     add_model_arguments(parser)
     add("--output-dir", type=Path, default=Path("predictions"), help="with several adapters a folder for each in it")
     add("--tasks", nargs="+", help="default: all that the adapter has")
@@ -80,7 +75,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", action="append", metavar="[NAME=]PATH",
         help="a folder that training wrote, or a Hub id; repeat it for several adapters, each with its own tasks; "
         "default: runs/multitask")  # fmt: skip
-    add("--base", help="the SAM; default: the one that the adapter was trained on")
+    add("--base", help="the SAM: tiny_sam, a path, or a Hub id; default: the one that the adapter was trained on")
     add("--max-megapixels", type=float, default=64, help="a picture with more pixels is not read; default: 64")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -92,6 +87,8 @@ def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device: {error}")
+    if args.base == TINY_SAM.name:
+        args.base = str(TINY_SAM)
     if not args.max_megapixels > 0:
         parser.error(f"--max-megapixels must be above 0, got {args.max_megapixels}")
     args.adapters = name_adapters(parser, args.adapter or ["runs/multitask"])
@@ -149,8 +146,13 @@ def load_base(name: str):
 
 
 def load_model(folder: Path, base: str | None, device: torch.device):
-    base = base or SavedAdapter.read(folder).config.base_model_name_or_path
-    return pt.MSamForMultiTask.from_adapter(folder, base_model=load_base(base) if base else None).to(device).eval()
+    recorded = SavedAdapter.read(folder).config.base_model_name_or_path
+    try:
+        sam = load_base(base or recorded) if base or recorded else None
+    except FileNotFoundError as error:
+        where = "" if base else f" That is the SAM that {folder} was trained on: say with --base where it is now."
+        raise FileNotFoundError(f"{error}{where}") from error
+    return pt.MSamForMultiTask.from_adapter(folder, base_model=sam).to(device).eval()
 
 
 # --- Pictures -------------------------------------------------------------------------------------------------------

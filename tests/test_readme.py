@@ -1,6 +1,7 @@
 """README's Python blocks run in order, as they stand, on a small SAM in the place of the Hub's."""
 
 import re
+import runpy
 import warnings
 from pathlib import Path
 
@@ -57,3 +58,30 @@ def test_every_block_runs_after_those_above_it(hub):
     loaded = peft_talora.MSamForMultiTask.from_adapter("my-lora")
     assert loaded.get_base_model().task_specs.keys() == {"semantic", "depth", "normals"}
     assert torch.isfinite(namespace["output"].loss)
+
+
+def links(text):
+    """Where the links and pictures of a Markdown text lead to."""
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+@pytest.mark.parametrize("name", ["README.md", "examples/README.md"])
+def test_links_lead_somewhere(name):
+    file = README.parent / name
+    for target in links(file.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            path, _, section = target.partition("#")
+            found = (file.parent / path) if path else file
+            assert found.exists(), target
+            headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.M) if section else []
+            names = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not section or section in names, target
+
+
+def test_links_work_from_elsewhere():
+    build = runpy.run_path(str(README.parent / ".ci/build"))
+    text = README.read_text(encoding="utf-8")
+    made = build["absolute_links"](text, "https://github.com/o/n", "v1")
+    assert len(links(made)) == len(links(text)) and all(link.startswith("https://") for link in links(made))
+    assert "](https://github.com/o/n/raw/v1/examples/images/predictions.png)" in made
+    assert "(https://github.com/o/n/blob/v1/examples/README.md#your-own-images-and-labels)" in made

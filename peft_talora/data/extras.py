@@ -8,7 +8,7 @@ from types import ModuleType
 
 def import_datasets() -> ModuleType:
     """Hugging Face `datasets`; ImportError that says how to get it."""
-    return _import("datasets", "datasets are loaded by name", "data")
+    return _import("datasets", "data is loaded", "data")
 
 
 def import_coco_masks() -> ModuleType:

@@ -1,5 +1,6 @@
 """The prediction script, on a tiny SAM with adapters whose decoders were moved at random."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -161,7 +162,22 @@ def test_wrong_arguments(adapter, photo, tmp_path, capsys):
     assert "--batch-size must be at least 1, got 0" in message(photo, "--batch-size", 0)
     assert "both called 'first'" in message(photo, "--adapter", adapter, "--adapter", adapter)
     assert "--device" in message(photo, "--device", "abacus")
+    assert "nowhere' does not exist" in message(photo, "--adapter", adapter, "--base", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_sheets")
+def test_a_base_that_was_moved(base, photo, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "sam")
+    adapter = make_adapter(str(tmp_path / "sam"), tmp_path / "first", TASKS)
+    (tmp_path / "sam").rename(tmp_path / "moved")
+    script.load_base.cache_clear()
+    command = [str(photo), "--adapter", adapter, "--output-dir", str(tmp_path / "out"), "--tasks", "depth"]
+    assert script.main(command) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'sam'}' does not exist" in told and "say with --base where it is now" in told
+    assert script.main([*command, "--base", str(tmp_path / "moved")]) == 0
+    assert (Path(script.parse_args(["x", "--base", "tiny_sam"]).base) / "model.safetensors").is_file()
 
 
 def test_pictures_of_one_name_get_folders_of_their_own(tmp_path):
