@@ -50,8 +50,8 @@ def joined_context(context_fn: Callable | None) -> Callable:
 
     def joined() -> tuple[Any, Any]:
         forward, replay = context_fn()
-        _, task_replay = checkpoint_context()
-        return forward, _Nested(replay, task_replay)
+        task_forward, task_replay = checkpoint_context()
+        return _Nested(forward, task_forward), _Nested(replay, task_replay)
 
     return joined
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -400,24 +400,28 @@ def checkpoint_context() -> tuple[Any, Any]:
     """
     with _ROUTERS_LOCK:
         routers = list(_LIVE_ROUTERS)
-    return nullcontext(), _Replay([(router, router.snapshot()) for router in routers])
+    snapshots = [(router, router.snapshot()) for router in routers]
+    # the forward asks for its tasks in the same way as the replay: compiled code is guarded by it, and would be other code
+    return _Tasks(snapshots, replay=False), _Tasks(snapshots, replay=True)
 
 
-class _Replay(threading.local):
-    """Enters what a replay needs, as often as it is entered: a graph that is kept is replayed by every backward.
+class _Tasks(threading.local):
+    """Enters the tasks of a checkpointed forward, as often as it is entered: a graph that is kept is replayed by every backward.
 
     `__init__` runs in every thread that enters it, for several may replay one forward at once.
     """
 
-    def __init__(self, snapshots: list[tuple[TaskRouter, Routing]]) -> None:
+    def __init__(self, snapshots: list[tuple[TaskRouter, Routing]], replay: bool) -> None:
         self.snapshots = snapshots
+        self.replay = replay
         self.entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
             for router, routing in self.snapshots:
                 stack.enter_context(router.using(routing))
-            stack.enter_context(_replay_flag())
+            if self.replay:
+                stack.enter_context(_replay_flag())
             self.entered.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
