@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import peft_talora as pt
-from peft_talora.data import Augmentation, MultiTaskDataset, collate, collate_own_size
+from peft_talora.data import MultiTaskDataset, collate, collate_own_size
 from peft_talora.losses import labelled_per_forward
 from peft_talora.metrics import MultiTaskMetrics
 from peft_talora.msam.loading import load_sam
@@ -40,7 +40,7 @@ from peft_talora.msam.loading import load_sam
 sys.path.insert(0, str(Path(__file__).parent))
 from pictures import draw_predictions
 from training import folder, options, results, tracking
-from training.adapter import adapter_data, load_adapter
+from training.adapter import adapted_layers, adapter_data, load_adapter
 from training.best import BestAdapter, find_metric
 from training.checkpoints import Checkpoint, find_checkpoint
 from training.data import Data, load_data
@@ -100,18 +100,16 @@ def endless(
 def make_model(args: argparse.Namespace, method: str, tasks: dict[str, pt.TaskSpec]):
     """A PeftModel around an mSAM, as a fresh start has it."""
     msam = pt.MSamForMultiTask.from_sam(args.base, tasks, args.image_size, args.channel_mode)
-    if method == "talora":
-        start = (
-            {}
-            if args.init_weights is None
-            else {"init_weights": {"True": True}.get(args.init_weights, args.init_weights)}
-        )
-        return get_peft_model(msam, pt.TALoraConfig(r=args.rank, **start))
-    if method == "convlora":
-        return get_peft_model(msam, pt.ConvLoraConfig(r=args.rank))
     saved = pt.default_modules_to_save(msam)
-    if method == "lora":
-        config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["qkv"], modules_to_save=saved)
+    if method in options.RANK:
+        where = adapted_layers(msam.vision_encoder, args.targets, args.layers)
+        if method == "talora":
+            if args.init_weights is not None:
+                where["init_weights"] = args.init_weights == "True" or args.init_weights
+            return get_peft_model(msam, pt.TALoraConfig(r=args.rank, **where))
+        if method == "convlora":
+            return get_peft_model(msam, pt.ConvLoraConfig(r=args.rank, **where))
+        config = LoraConfig(r=args.rank, lora_alpha=args.rank, modules_to_save=saved, **where)
         return get_peft_model(msam, config)
     # no adapter at all: what is trained is trained and saved as it is
     parts = [name for name in saved if not name.startswith("vision_encoder")]
@@ -256,8 +254,7 @@ def train(run: Run, checkpoint: Checkpoint | None) -> Trained:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     processor = pt.MSamProcessor.from_model(model.get_base_model())
-    augment = Augmentation(scales=tuple(args.crop_scales))
-    dataset = data.make_dataset(data.train, data.tasks, processor, augment=augment, seed=args.seed)
+    dataset = data.make_dataset(data.train, data.tasks, processor, augment=data.augment, seed=args.seed)
     best = BestAdapter(find_metric(args.keep_best, data.tasks), args.patience) if args.keep_best else None
     loader = make_test_loader(data.validation if best else data.test, data.tasks, processor, args)
     optimizer = make_optimizer(model, args)

@@ -21,6 +21,7 @@ from training.options import OneLineParser
 from training.stopping import run_script
 
 from peft_talora.data import MultiTaskDataset
+from peft_talora.data.splits import select_rows
 from peft_talora.msam.labels import label_tensor
 
 SPLITS = ("test", "validation")
@@ -44,9 +45,7 @@ class OneTaskEach(MultiTaskDataset):
         labelled = {index: names[index % len(names)] for index in range(len(rows))}
         self.labelled = [(index, name) for index, name in labelled.items() if name in tasks]
         kept = [index for index, _ in self.labelled]
-        super().__init__(
-            [rows[index] for index in kept] if isinstance(rows, list) else rows.select(kept), tasks, processor, **more
-        )
+        super().__init__(select_rows(rows, kept), tasks, processor, **more)
 
     def __getitem__(self, index: int) -> dict:
         item = super().__getitem__(index)
@@ -60,7 +59,7 @@ def load(own: argparse.Namespace, args: argparse.Namespace, image_size: int, nam
     """The training script's data, with the split and the labels of a comparison.
 
     Raises:
-        ValueError: The dataset has no such split, or a task has no image left.
+        ValueError: There are too few rows to hold some out for such a split, or a task has no image left.
     """
     data = load_data(args, image_size, names, own.evaluate_on)
     identity = {"--evaluate-on": own.evaluate_on, "--one-task-each": own.one_task_each}

@@ -1,17 +1,35 @@
-"""An adapter to start from, or to evaluate."""
+"""Which layers get an adapter; an adapter to start from, or to evaluate."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
 
 import peft_talora as pt
 
 from .data import Data, weigh
 from .options import ADAPTER_LR, RANK
+
+
+def adapted_layers(encoder: nn.Module, targets: str, layers: str) -> dict[str, Any]:
+    """What a configuration of PEFT needs to know of --targets and --layers.
+
+    Args:
+        encoder: The vision encoder; its blocks are `layers`.
+        targets: "qkv", or "all": all of its linear layers.
+        layers: "all", or "last-half": what comes before is the same for all tasks, and runs once for all of them.
+    """
+    names = {name.rpartition(".")[2] for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+    blocks = len(encoder.layers)
+    return {
+        "target_modules": sorted(names) if targets == "all" else ["qkv"],
+        "layers_to_transform": list(range(blocks // 2, blocks)) if layers == "last-half" else None,
+    }
 
 
 def load_adapter(args: argparse.Namespace):
@@ -23,6 +41,8 @@ def load_adapter(args: argparse.Namespace):
         args.method = "full" if "vision_encoder" in config.modules_to_save else "decoder"
     args.rank = config.r if args.method in RANK else None
     args.lr = ADAPTER_LR.get(args.method) if args.lr is None else args.lr
+    # in the adapter's configuration, and not always one of the choices here
+    args.targets = args.layers = None
     args.base, args.channel_mode = msam.name_or_path, msam.config.channel_mode
     args.image_size = msam.config.vision_config.image_size
     return model

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 import peft_talora as pt
-from peft_talora.data import MultiTaskDataset, detect_tasks, load_multitask_dataset
+from peft_talora.data import Augmentation, MultiTaskDataset, detect_tasks, load_multitask_dataset
+from peft_talora.data.splits import augmentation_for, evaluation_rows, few_labels
 
 from .options import SCENE_TASKS
 
@@ -26,7 +25,8 @@ class Data:
         train: Rows to train on.
         test: Rows to evaluate on.
         tasks: {name: TaskSpec}.
-        validation: Rows by which the best adapter is chosen, where there are any.
+        augment: Random changes of what is trained on.
+        validation: Rows by which the best adapter is chosen, where that is asked for; none of them is trained or tested on.
         identity: What else a resumed run must have in common with the run that it goes on with.
         make_dataset: Makes items to train on of rows, as `MultiTaskDataset` does.
     """
@@ -34,6 +34,7 @@ class Data:
     train: Any
     test: Any
     tasks: dict[str, pt.TaskSpec]
+    augment: Augmentation = field(default_factory=Augmentation)
     validation: Any = None
     identity: dict[str, Any] = field(default_factory=dict)
     make_dataset: Callable[..., MultiTaskDataset] = MultiTaskDataset
@@ -51,25 +52,38 @@ def load_data(
         evaluate_on: The split that is evaluated.
 
     Raises:
-        ValueError: There is no such task, or no validation split where one is needed.
+        ValueError: There is no such task, or there are too few rows to hold some out for an evaluation.
     """
     names = args.tasks or names
     if args.dataset == "scenes":
         splits, classes = render_splits(args, image_size, evaluate_on)
         tasks = detect_tasks(splits[evaluate_on], names or list(SCENE_TASKS), {"semantic": classes})
+        train, test, validation = splits.get("train"), splits[evaluate_on], splits.get("validation")
     else:
         splits = load_multitask_dataset(args.dataset)
         tasks = detect_tasks(splits, names)
-    validation = next((splits[name] for name in ("validation", "val") if name in splits), None)
-    if args.keep_best and validation is None:
-        raise ValueError(f"--keep-best needs a validation split, the dataset has {list(splits)}")
+        train, test, validation = divide(splits, evaluate_on, bool(args.keep_best))
     weigh(tasks, args.task_weights)
     return Data(
-        train=some_rows(splits["train"], args.max_train_images) if "train" in splits else None,
-        test=some_rows(choose_split(splits, evaluate_on), args.max_test_images),
+        train=None if train is None else some_rows(train, args.max_train_images),
+        test=some_rows(test, args.max_test_images),
         tasks=tasks,
+        augment=augmentation_for(splits, tuple(args.crop_scales), not args.no_flip),
         validation=None if validation is None else some_rows(validation, args.max_test_images),
     )
+
+
+def divide(splits: Mapping[str, Any], evaluate_on: str, choosing: bool) -> tuple[Any, Any, Any]:
+    """Rows to train on, to evaluate on and, where something is chosen in between, to choose by: (train, test, validation).
+
+    Nothing is trained on that is evaluated or chosen by, and what is tested on does not choose.
+    """
+    evaluation = evaluation_rows(splits, evaluate_on)
+    # without rows for the choice there is one training set, with them a part of it
+    choice = evaluation_rows(splits, "validation") if choosing else None
+    for note in dict.fromkeys(evaluation.notes + (choice.notes if choice else [])):
+        print(note)
+    return (choice or evaluation).train, evaluation.rows, choice and choice.rows
 
 
 def render_splits(args: argparse.Namespace, image_size: int, evaluate_on: str) -> tuple[dict[str, Any], list[str]]:
@@ -85,22 +99,9 @@ def render_splits(args: argparse.Namespace, image_size: int, evaluate_on: str) -
     return splits, CLASSES
 
 
-def choose_split(splits, wanted: str):
-    """The rows to evaluate on: those of the test split never stand in for validation."""
-    choices = ("test", "validation", "val") if wanted == "test" else ("validation", "val")
-    found = next((splits[name] for name in choices if name in splits), None)
-    if found is None:
-        print(f"The dataset has no {wanted} split: the evaluation is on the images it is trained on.")
-        return splits["train"]
-    return found
-
-
-def some_rows(rows, most: int | None):
+def some_rows(rows: Any, most: int | None) -> Any:
     """At most so many rows, always the same; those for a smaller number are among those for a larger one."""
-    if most is None or len(rows) <= most:
-        return rows
-    chosen = sorted(torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most].tolist())
-    return [rows[index] for index in chosen] if isinstance(rows, list) else rows.select(chosen)
+    return rows if most is None or len(rows) <= most else few_labels(rows, most)
 
 
 def weigh(tasks: Mapping[str, pt.TaskSpec], given: Mapping[str, float]) -> None:

@@ -17,6 +17,7 @@ CAMERAS = ("photo", "thermal", "ultrasound")
 ADAPTER_LR = {"talora": 5e-3, "convlora": 2e-3, "lora": 5e-3, "full": 3e-4}
 # the rank at which each method was published; that of lora is talora's
 RANK = {"talora": 32, "convlora": 3, "lora": 32}
+TARGETS, LAYERS = ("qkv", "all"), ("all", "last-half")
 # the recipe's scale-crops on NYUv2; train and test scenes are drawn alike, and crops would only take them apart
 CROP_SCALES = (1.0, 1.2, 1.5)
 SCENE_TASKS = ("semantic", "depth", "normals")
@@ -26,9 +27,9 @@ LARGEST_RATE = 10.0
 # without --checkpoint-every: this many checkpoints in a run, and no longer between them than so many steps
 CHECKPOINTS, LONGEST_INTERVAL = 10, 500
 # what an adapter given by --init-from says itself
-OF_THE_ADAPTER = ("method", "rank", "init_weights", "channel_mode", "image_size")
+OF_THE_ADAPTER = ("method", "rank", "targets", "layers", "init_weights", "channel_mode", "image_size")
 # what says how to train, and nothing where there is no training
-OF_TRAINING = ("max_train_images", "task_weights", "crop_scales", "steps", "grad_accumulation", "lr", "decoder_lr", "norm_lr",
+OF_TRAINING = ("max_train_images", "task_weights", "crop_scales", "no_flip", "steps", "grad_accumulation", "lr", "decoder_lr", "norm_lr",
                "embedding_lr", "weight_decay", "task_pass", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
                "resume", "eval_every", "keep_best", "patience", "push_to_hub")  # fmt: skip
 
@@ -114,6 +115,11 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
         "the others (default: 1, normals 4)")  # fmt: skip
     add("--crop-scales", type=number(1), nargs="+", metavar="S", help="augmentation: crop to 1/S of the image and enlarge "
         f"(default: 1 for scenes, else {' '.join(f'{scale:g}' for scale in CROP_SCALES)})")  # fmt: skip
+    add(
+        "--no-flip",
+        action="store_true",
+        help="augmentation: never mirror an image; a folder's dataset.yaml can say so, too",
+    )
     add("--num-workers", type=whole(0), default=0, metavar="N", help="processes that load data")
 
     add = group("model")
@@ -121,6 +127,9 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     add("--method", choices=METHODS, default="talora", help="lora is PEFT's own; decoder leaves the encoder alone, full trains "
         "all of it")  # fmt: skip
     add("--rank", type=count, help=f"rank of the adapter (default: {RANK['talora']}, for convlora {RANK['convlora']})")
+    add("--targets", choices=TARGETS, default="qkv", help="layers of the encoder that get an adapter: the fused q/k/v "
+        "projections, or all linear ones")  # fmt: skip
+    add("--layers", choices=LAYERS, default="all", help="blocks of the encoder that get an adapter")
     add("--init-weights", choices=("split", "lora", "True", "orthogonal", "normalized"), help="how TA-LoRA starts (default: "
         "split)")  # fmt: skip
     add("--init-from", metavar="ADAPTER", help="start from the weights of this adapter, a folder or a Hub id; it says the "
@@ -209,6 +218,7 @@ def misfit(args: argparse.Namespace, given: set[str]) -> str | None:
         (args.dataset != "scenes", ["camera"], "is for rendered scenes, not for --dataset " + args.dataset),
         (args.method != "talora", ["init_weights"], f"is TA-LoRA's, not for --method {args.method}"),
         (args.method not in RANK, ["rank"], f"does not apply to --method {args.method}: it has no rank"),
+        (args.method not in RANK, ["targets", "layers"], f"does not apply to --method {args.method}: it has no adapter"),
         (args.method not in ADAPTER_LR, ["lr"], "does not apply to --method decoder: there is no adapter, see --decoder-lr"),
         (args.keep_best is None, ["patience"], "needs --keep-best METRIC"),
         (args.init_from is not None, OF_THE_ADAPTER, "cannot be chosen with --init-from: the adapter says it"),

@@ -46,7 +46,7 @@ def evaluation_rows(splits: Mapping[str, Any], wanted: str = "test", share: floa
 
     "test" is the test split, else the validation split (`val` and `valid` are the same), else a share of "train" that is held
     out. "validation", on which settings are chosen, is another split than that: where there is no second one, it is held
-    out of "train".
+    out of "train", beside what is held out for a test.
 
     Args:
         splits: ``{name: rows}`` with a "train".
@@ -66,7 +66,11 @@ def evaluation_rows(splits: Mapping[str, Any], wanted: str = "test", share: floa
     found = test if wanted == "test" else validation
     if found is not None:
         return Evaluation(splits["train"], splits[found], found, notes if wanted == "test" else [])
-    train, rows = hold_out(splits["train"], share)
+    train = splits["train"]
+    if wanted == "validation" and test is None:
+        # those that would be held out for a test
+        train, _ = hold_out(train, share)
+    train, rows = hold_out(train, share)
     notes.append(
         f"There is no {wanted} split: {len(rows)} of {len(splits['train'])} rows of 'train' are held out for it."
     )

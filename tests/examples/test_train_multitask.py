@@ -13,10 +13,12 @@ import train_multitask as script
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from small_training import double_batch, gradients
 from training.data import load_data
 from training.options import ADAPTER_LR, METHODS, parse_args
+from training.run import Run
 
 from peft_talora import MSamForMultiTask
 from peft_talora.msam.tasks import parse_tasks
@@ -39,6 +41,42 @@ def test_scenes_are_seen_by_the_camera_that_was_asked_for(arguments):
         np.testing.assert_array_equal(first_image("--camera", camera), expected)
     # photos are what the small SAM knows
     np.testing.assert_array_equal(first_image(), render_scene(scene_seed("train", 0), 32, "ultrasound")["image"])
+
+
+class TestLayers:
+    """Which layers of the encoder get an adapter: of three blocks with four linear layers each."""
+
+    def adapted(self, base, *more):
+        args = parse_args(["--base", base, "--rank", "2", *more])
+        model = script.make_model(args, args.method, parse_tasks({"depth": {"kind": "depth"}}))
+        names = {n for n, module in model.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)}
+        assert all(name.startswith("vision_encoder.layers.") for name in names)
+        return {name.removeprefix("vision_encoder.layers.") for name in names}
+
+    @pytest.mark.parametrize("method", ["talora", "convlora", "lora"])
+    def test_every_adapter_has_the_same(self, base, method):
+        blocks = ("0.", "1.", "2.")
+        all_linear = {block + name for block in blocks for name in ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")}
+        assert self.adapted(base, "--method", method) == {f"{block}attn.qkv" for block in blocks}
+        assert self.adapted(base, "--method", method, "--targets", "all") == all_linear
+        assert self.adapted(base, "--method", method, "--layers", "last-half") == {"1.attn.qkv", "2.attn.qkv"}
+        both = self.adapted(base, "--method", method, "--targets", "all", "--layers", "last-half")
+        assert both == {name for name in all_linear if not name.startswith("0.")}
+
+    def test_another_choice_is_another_run(self, data_folder, tmp_path, base):
+        def identity(*more):
+            args = parse_args(["--base", base, "--dataset", data_folder, *more])
+            data = load_data(args, 32)
+            return Run(args, Accelerator(cpu=True), data, None, args.method, "", tmp_path).identity()
+
+        plain = identity()
+        assert (
+            plain
+            != identity("--targets", "all")
+            != identity("--layers", "last-half")
+            != plain
+            != identity("--no-flip")
+        )
 
 
 @pytest.mark.slow

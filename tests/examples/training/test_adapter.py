@@ -23,8 +23,9 @@ def weights(output):
 @pytest.mark.parametrize("method", METHODS)
 def test_starts_from_an_adapter_of_any_method(run, options, tmp_path, method):
     first = run(tmp_path / "first", *options, "--tasks", "depth", "--method", method)
-    # the learning rates begin at 0: after one step the weights are those that it started from
-    second = run(tmp_path / "second", *options, "--init-from", str(tmp_path / "first"), "--steps", "1")
+    # after a step with rates of 0 the weights are those that it started from
+    rates = [word for name in ("lr", "decoder-lr", "norm-lr", "embedding-lr") for word in (f"--{name}", "0")]
+    second = run(tmp_path / "second", *options, "--init-from", str(tmp_path / "first"), "--steps", "1", *rates)
     expected, actual = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
     assert second["method"] == method and list(second["tasks"]) == ["depth"]

@@ -28,7 +28,7 @@ class TestHelp:
         text = make_parser("Train.").format_help()
         assert [name for name in re.findall(r"^(\w+):$", text, re.M) if name != "options"] == list(GROUPS)
         flat = " ".join(text.split())
-        for shown in ("optimiser steps (default: 240)", "AdamW's weight decay (default: 1e-06)", "(default: scenes)",
+        for shown in ("optimiser steps (default: 80)", "AdamW's weight decay (default: 1e-06)", "(default: scenes)",
                       "0.005 for talora, 0.002 for convlora", "(default: 32, for convlora 3)"):  # fmt: skip
             assert shown in flat
 
@@ -50,7 +50,7 @@ class TestHelp:
             [1.0],
             "train",
         )
-        assert (args.lr, args.rank, args.checkpoint_every, args.eval_every) == (5e-3, 32, 24, None)
+        assert (args.lr, args.rank, args.checkpoint_every, args.eval_every) == (5e-3, 32, 8, None)
         args = parse_args(["--dataset", "folder:x", "--method", "convlora", "--steps", "100000"])
         assert (args.max_train_images, args.max_test_images, args.crop_scales) == (None, None, [1.0, 1.2, 1.5])
         assert (args.lr, args.rank, args.baseline, args.checkpoint_every) == (2e-3, 3, "none", 500)
@@ -104,6 +104,9 @@ def test_impossible_values(argv, message, refused):
         (["--method", "lora", "--init-weights", "normalized"], "--init-weights is TA-LoRA's, not for --method lora"),
         (["--method", "decoder", "--rank", "4"], "--rank does not apply to --method decoder"),
         (["--method", "full", "--rank", "4"], "--rank does not apply to --method full"),
+        (["--method", "full", "--targets", "all"], "--targets does not apply to --method full"),
+        (["--method", "decoder", "--layers", "last-half"], "--layers does not apply to --method decoder"),
+        (["--init-from", "x", "--targets", "all"], "--targets cannot be chosen with --init-from"),
         (["--method", "decoder", "--lr", "0.1"], "--lr does not apply to --method decoder"),
         (["--patience", "3"], "--patience needs --keep-best"),
         (["--init-from", "x", "--method", "lora"], "--method cannot be chosen with --init-from"),
