@@ -43,13 +43,15 @@ def markdown(
     noises = {amount: noise_of(results, amount, repeated) for amount in amounts}
     parts = []
     if amounts:
-        parts += [f"## {amounts[0]}", metrics_table(results, amounts[0]), noise_line(noises[amounts[0]])]
+        parts += [f"## {amounts[0]}", metrics_table(results, amounts[0]), f"Noise: {in_words(noises[amounts[0]])}"]
         if any(not result.alone for result in results):
             parts.append(f"{ROUGH}: other runs were beside it, so that its time is a rough measure.")
         parts.append(differences(results, amounts[0]))
     if len(amounts) > 1:
         parts += ["## Delta_b for other amounts of data", amounts_table(results, amounts)]
-        parts.append("\n".join(f"- {amount}: {noise_line(noises[amount])}" for amount in amounts if noises[amount]))
+        parts.append(
+            "\n".join(f"- noise with {amount}: {in_words(noises[amount])}" for amount in amounts if noises[amount])
+        )
         for amount in amounts[1:]:
             found = differences(results, amount)
             parts += [f"### {amount}", found] if found else []
@@ -58,12 +60,12 @@ def markdown(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def noise_line(noise: Noise | None) -> str:
+def in_words(noise: Noise | None) -> str:
     """What size of difference says nothing."""
     if noise is None:
-        return "With one seed nothing says which differences are noise."
+        return "with one seed nothing says which differences it makes."
     text = (
-        f"Noise: two means of Delta_b that differ by less than {noise.size:.1f} points are not told apart. From seed to seed paired "
+        f"two means of Delta_b that differ by less than {noise.size:.1f} points are not told apart. From seed to seed paired "
         f"differences spread by {noise.spread:.1f} points, over {noise.seeds} seeds."
     )
     if noise.repeated:
