@@ -1,14 +1,15 @@
 """Compare the methods at equal steps, each with its own learning rate, over several seeds.
 
-    python examples/compare.py                # the table: six methods, three seeds; hours on a CPU
+    python examples/compare.py                # the table: six methods, five seeds; hours on a CPU
     python examples/compare.py --few-labels   # the same for 16, 64 and 256 images and for images labelled for one task each
     python examples/compare.py --report       # tables and plot of what is finished, without a run
 
 Every number comes from a run of train_multitask.py with its own folder in OUTPUT_DIR/runs. What is finished is not run
 again, and what was interrupted goes on, so that the same command, or one that asks for more, can be given any time.
-The learning rate of a method is the best of three on the validation split with the first seed: its default times 0.4, 1
-and 2.5. The decoders' is chosen first, by decoder-only training, and serves all methods. LoRA has the rank at which it
-has as many parameters as TA-LoRA; one LoRA per task, all of them together.
+Three learning rates of a method are tried on the validation split with two seeds: its default times 0.4, 1 and 2.5. The
+default is taken unless another is better by more than the seeds differ. The decoders' is chosen first, by decoder-only
+training, and serves all methods. Adapters have the rank at which they have as many parameters as TA-LoRA; one LoRA per task,
+all of them together; Conv-LoRA has the published rank, and convlora_equal the other one.
 """
 
 from __future__ import annotations
@@ -16,24 +17,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from comparison.jobs import Job, run_if_missing
-from comparison.plan import BASELINE, METHODS, Amount, Entry, Plan, check_common, matching_ranks, split_common
+from comparison.plan import BASELINE, METHODS, ROWS, Amount, Entry, Plan, check_common, matching_ranks, split_common
+from comparison.rates import tune
 from comparison.report import draw, markdown
 from comparison.results import Result, read_result
 from training.data import load_data
 from training.options import OneLineParser, count, whole
 from training.stopping import run_script
 
-from peft_talora import delta_b
 from peft_talora.saving.directory import written_aside
 
 FEW_IMAGES = (16, 64, 256)
 # where few labels are compared: those between which somebody with few labels would choose
 FEW_METHODS = ("lora", "lora_per_task", "talora")
+# five seeds for the table, three for what goes beyond it
+SEEDS, FEW_SEEDS = 5, 3
 # of rendered scenes; of any other dataset all that it has
 SCENES = 512
 
@@ -47,20 +52,25 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--methods", nargs="+", type=Entry.parse, default=[Entry(name) for name in METHODS],
-        help=f"rows of the table: {' '.join(METHODS)}, or with a rank of their own: talora:8 (default: all)")  # fmt: skip
+    add("--methods", nargs="+", type=Entry.parse, default=[Entry(name) for name in ROWS],
+        help=f"rows of the table: {' '.join(METHODS)}, or with a rank of their own: talora:8 (default: the first {len(ROWS)})")  # fmt: skip
     add(
         "--seeds",
         nargs="+",
         type=whole(0),
-        default=[0, 1, 2],
-        help="every number is a mean over these (default: 0 1 2)",
+        default=list(range(SEEDS)),
+        help=f"every number is a mean over these (default: {' '.join(map(str, range(SEEDS)))})",
     )
     add("--num-train", "--max-train-images", type=count, metavar="N", help=f"images of the table (default: {SCENES} scenes, or "
         "all that another dataset has)")  # fmt: skip
     add("--few-labels", action="store_true", help=f"also {FEW_IMAGES} images, as far as there are more, and images labelled for "
         "one task each")  # fmt: skip
-    add("--few-seeds", nargs="+", type=whole(0), help="seeds of --few-labels (default: those of the table)")
+    add("--few-seeds", nargs="+", type=whole(0), help=f"seeds of --few-labels (default: the first {FEW_SEEDS} of the "
+        "table)")  # fmt: skip
+    add("--rate-seeds", nargs="+", type=whole(0), help="seeds with which learning rates are chosen, at least two (default: the first "
+        "two of the table)")  # fmt: skip
+    add("--noise", type=count, metavar="THREADS", help="repeat decoders only and TA-LoRA (else the last method) with another number "
+        "of CPU threads, to see what that changes")  # fmt: skip
     add("--tasks", nargs="+", help="the tasks (default: those of the dataset, for scenes semantic depth normals)")
     add("--base", default="tiny_sam", help="the SAM: tiny_sam, a path, or a Hub id such as facebook/sam-vit-base (default: "
         "%(default)s)")  # fmt: skip
@@ -75,7 +85,14 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     args, common = parser.parse_known_args(argv)
     if Entry(BASELINE) not in args.methods:
         args.methods.insert(0, Entry(BASELINE))
-    args.few_seeds = args.few_seeds or args.seeds
+    args.few_seeds = args.few_seeds or args.seeds[:FEW_SEEDS]
+    args.rate_seeds = (
+        args.rate_seeds or (args.seeds if len(args.seeds) > 1 else [args.seeds[0], args.seeds[0] + 1])[:2]
+    )
+    if len(set(args.rate_seeds)) < 2 and not args.no_tuning:
+        parser.error("--rate-seeds: one seed says nothing of the noise, give at least two, or --no-tuning")
+    if args.noise is not None and args.noise == (args.num_threads or torch.get_num_threads()):
+        parser.error(f"--noise {args.noise} is the number of threads that all runs have: give another one")
     args.training = check_common(common)
     return args, common
 
@@ -84,17 +101,13 @@ def look_at_data(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
     """The tasks, and how many images there are to train on.
 
     Raises:
-        ValueError: There are fewer than a comparison with few labels needs, or no validation split to choose rates on.
+        ValueError: There are fewer than a comparison with few labels needs.
     """
     training = args.training
     if training.dataset == "scenes":
         return tuple(args.tasks or ("semantic", "depth", "normals")), args.num_train or SCENES
     training.tasks, training.max_train_images = args.tasks, args.num_train
     data = load_data(training, 0)
-    if data.validation is None and not args.no_tuning:
-        raise ValueError(
-            f"{training.dataset} has no validation split to choose learning rates on: make one, or say --no-tuning"
-        )
     if args.num_train is not None and len(data.train) < args.num_train:
         raise ValueError(f"--num-train {args.num_train}: {training.dataset} has {len(data.train)} images to train on")
     if args.few_labels and len(data.train) <= min(FEW_IMAGES):
@@ -102,34 +115,6 @@ def look_at_data(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
             f"--few-labels compares {FEW_IMAGES} images with more, {training.dataset} has {len(data.train)}"
         )
     return tuple(data.tasks), len(data.train)
-
-
-def tune(
-    plan: Plan, args: argparse.Namespace, images: int, run: Callable[[str, list[Job]], None]
-) -> tuple[dict[str, float], list[dict]]:
-    """The learning rate of each method, and what the validation split said of those that were tried."""
-    names = list(dict.fromkeys([BASELINE, *(entry.name for entry in args.methods)]))
-    rates = {name: METHODS[name].default_rate for name in names}
-    if args.no_tuning:
-        return rates, []
-    trials: list[dict] = []
-    amount, seed = Amount(images), args.seeds[0]
-    # the decoders' rate is part of every other run
-    for group in ([BASELINE], names[1:]):
-        tried = [(name, rate) for name in group for rate in METHODS[name].rates]
-        jobs = [plan.jobs(Entry(name), rates | {name: rate}, amount, seed, "validation") for name, rate in tried]
-        # what Delta_b compares with
-        jobs.append(plan.jobs(Entry(BASELINE), rates, amount, seed, "validation"))
-        run("learning rates", [job for parts in jobs for job in parts.values()])
-        base = read_result(plan, Entry(BASELINE), rates, amount, seed, "validation")
-        for name, rate in tried:
-            result = read_result(plan, Entry(name), rates | {name: rate}, amount, seed, "validation")
-            gain = None if result is None or base is None else delta_b(result.tasks, base.tasks)
-            trials.append({"method": name, "rate": rate, "delta_b": gain})
-        for name in group:
-            gains = {t["rate"]: t["delta_b"] for t in trials if t["method"] == name and t["delta_b"] is not None}
-            rates[name] = max(gains, key=gains.get, default=rates[name])
-    return rates, trials
 
 
 def cells(args: argparse.Namespace, images: int) -> list[tuple[Entry, Amount, int]]:
@@ -142,16 +127,27 @@ def cells(args: argparse.Namespace, images: int) -> list[tuple[Entry, Amount, in
     return table + [(entry, amount, seed) for seed in args.few_seeds for amount in amounts for entry in entries]
 
 
-def write(output_dir: Path, settings: dict, results: list[Result], rates: dict, tuned: list[dict]) -> None:
+def repetitions(args: argparse.Namespace, images: int) -> list[tuple[Entry, Amount, int]]:
+    """What is run again with another number of threads."""
+    if args.noise is None:
+        return []
+    entry = Entry("talora") if Entry("talora") in args.methods else args.methods[-1]
+    return [(one, Amount(images), seed) for seed in args.seeds for one in dict.fromkeys((Entry(BASELINE), entry))]
+
+
+def write(
+    output_dir: Path, settings: dict, results: list[Result], rates: dict, tuned: list[dict], repeated: list[Result]
+) -> None:
     content = {
         "settings": settings,
         "rates": rates,
         "tuning": tuned,
         "results": [result.to_dict() for result in results],
+        "repeated": [result.to_dict() for result in repeated],
     }
     with written_aside(output_dir) as aside:
         (aside / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
-        (aside / "comparison.md").write_text(markdown(results, rates, tuned))
+        (aside / "comparison.md").write_text(markdown(results, rates, tuned, repeated))
         if results:
             draw(results, aside / "comparison.png")
 
@@ -162,27 +158,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks, images = look_at_data(args)
     base = str(Path(__file__).parent / "tiny_sam") if args.base == "tiny_sam" else args.base
     common, special = split_common(("--base", base, *rest), args.training)
-    plan = Plan(args.output_dir, tasks, matching_ranks(base, args.rank, tasks), common, args.training.steps, special)
+    names = list(dict.fromkeys([BASELINE, *(entry.name for entry in args.methods)]))
+    ranks = matching_ranks(base, args.rank, tasks, names)
+    plan = Plan(args.output_dir, tasks, ranks, common, args.training.steps, special)
     failures: list[str] = []
 
     def run(what: str, jobs: list[Job]) -> None:
         if not args.report:
             failures.extend(run_if_missing(what, jobs, args.jobs, args.num_threads))
 
-    rates, tuned = tune(plan, args, images, run)
+    def results_of(what: str, wanted: list[tuple[Entry, Amount, int]], threads: int | None = None) -> list[Result]:
+        run(what, [job for entry, *cell in wanted for job in plan.jobs(entry, rates, *cell, threads=threads).values()])
+        found = [read_result(plan, entry, rates, *cell, threads=threads) for entry, *cell in wanted]
+        return [result for result in found if result is not None]
+
+    rates, tuned = {name: METHODS[name].default_rate for name in names}, []
+    if not args.no_tuning:
+        rates, tuned = tune(plan, names, Amount(images), args.rate_seeds, run)
     wanted = cells(args, images)
-    run("comparison", [job for entry, *cell in wanted for job in plan.jobs(entry, rates, *cell).values()])
-    found = [read_result(plan, entry, rates, *cell) for entry, *cell in wanted]
-    results = [result for result in found if result is not None]
+    results = results_of("comparison", wanted)
+    again = results_of("another number of threads", repetitions(args, images), args.noise)
+    repeated = [result for result in again if result.entry != Entry(BASELINE)]
     settings = {
         "seeds": args.seeds,
         "tasks": tasks,
         "base": args.base,
-        "rank": args.rank,
+        "ranks": ranks,
         "num_train": images,
         "training": rest,
     }
-    write(args.output_dir, settings, results, rates, tuned)
+    write(args.output_dir, settings, results, rates, tuned, repeated)
     print((args.output_dir / "comparison.md").read_text())
     print(f"{len(results)} of {len(wanted)} results are in {args.output_dir}: comparison.json, .md and .png")
     return min(len(failures), 1)

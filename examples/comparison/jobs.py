@@ -32,10 +32,26 @@ GOING_ON = (
 
 @dataclass(frozen=True)
 class Job:
-    """A run of the training script: its folder, and the arguments that say what is trained."""
+    """A run of the training script.
+
+    Attributes:
+        folder: Where everything of it goes.
+        arguments: What is trained.
+        threads: CPU threads, where the run is there to see what they change.
+    """
 
     folder: Path
     arguments: tuple[str, ...]
+    threads: int | None = None
+
+    @property
+    def conditions_file(self) -> Path:
+        return self.folder / "conditions.json"
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other run of a comparison was beside it, so that its time says something."""
+        return self.conditions_file.is_file() and json.loads(self.conditions_file.read_text())["runs_at_once"] == 1
 
     def result(self) -> dict | None:
         """The finished run's metrics.json; None where it is not finished.
@@ -54,8 +70,12 @@ class Job:
         metrics = self.folder / "metrics.json"
         return json.loads(metrics.read_text()) if metrics.is_file() else None
 
-    def run(self, threads: int | None) -> dict:
+    def run(self, threads: int | None, at_once: int = 1) -> dict:
         """Train, or go on with training, unless it is finished: metrics.json.
+
+        Args:
+            threads: CPU threads, unless the run has a number of its own; None leaves it to the script.
+            at_once: How many runs there are at once.
 
         Raises:
             RuntimeError: The script failed; the message names its log and has the last line of it.
@@ -64,8 +84,14 @@ class Job:
         if finished is not None:
             return finished
         self.folder.mkdir(parents=True, exist_ok=True)
+        # what was interrupted began beside others
+        at_once = max(at_once, 2 if self.conditions_file.is_file() and not self.alone else 1)
+        threads = self.threads or threads
         with written_aside(self.folder) as aside:
             (aside / "arguments.json").write_text(json.dumps(self.arguments) + "\n")
+            (aside / self.conditions_file.name).write_text(
+                json.dumps({"runs_at_once": at_once, "threads": threads}) + "\n"
+            )
         command = [sys.executable, str(SCRIPT), *self.arguments, *GOING_ON, "--output-dir", str(self.folder)]
         if threads is not None:
             command += ["--num-threads", str(threads)]
@@ -95,7 +121,7 @@ def run_if_missing(what: str, jobs: Iterable[Job], at_once: int, threads: int | 
     missing = [job for job in dict.fromkeys(jobs) if job.result() is None]
     failures, started = [], time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(job.run, threads): job for job in missing}
+        running = {pool.submit(job.run, threads, min(at_once, len(missing))): job for job in missing}
         try:
             for number, future in enumerate(as_completed(running), start=1):
                 try:

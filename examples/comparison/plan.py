@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from training.options import ADAPTER_LR, given_options, make_parser, option, parse_args
-from transformers import SamVisionModel
+from training.adapter import adapted_layers
+from training.options import ADAPTER_LR, RANK, given_options, make_parser, option, parse_args
+from transformers import SamVisionConfig, SamVisionModel
 
 import peft_talora as pt
 from peft_talora.msam.loading import load_sam
@@ -24,7 +26,7 @@ DEFAULTS = parse_args([])
 # the learning rates that are tried, of every method: its default times these
 RATE_FACTORS = (0.4, 1.0, 2.5)
 # options of the training script that a comparison varies, or decides itself
-VARIED = ("method", "seed", "lr", "decoder_lr", "rank", "max_train_images", "evaluate_on", "one_task_each", "baseline", "resume",
+VARIED = ("method", "seed", "lr", "decoder_lr", "rank", "targets", "layers", "max_train_images", "evaluate_on", "one_task_each", "baseline", "resume",
           "output_dir", "overwrite", "checkpoint_every", "keep_checkpoints", "init_from", "eval_only", "push_to_hub",
           "num_threads")  # fmt: skip
 # options that only one method has
@@ -40,12 +42,24 @@ class Method:
         method: `--method` of the training script.
         rate_options: The options that get the learning rate that is chosen for it.
         per_task: A model for each task instead of one for all.
+        targets: `--targets` of it.
+        layers: `--layers` of it.
+        published_rank: It has the rank that it was published with, and not as many parameters as the others.
     """
 
     label: str
     method: str
     rate_options: tuple[str, ...] = ("--lr",)
     per_task: bool = False
+    targets: str = "qkv"
+    layers: str = "all"
+    published_rank: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options of the training script that say what the method is."""
+        where = ("--targets", self.targets, "--layers", self.layers) if self.method in RANK else ()
+        return ("--method", self.method, *where)
 
     @property
     def rates(self) -> list[float]:
@@ -64,10 +78,18 @@ METHODS = {
     "lora": Method("PEFT LoRA, shared by the tasks", "lora"),
     "lora_per_task": Method("PEFT LoRA, one per task", "lora", per_task=True),
     "talora": Method("TA-LoRA", "talora"),
-    "convlora": Method("Conv-LoRA", "convlora"),
+    "convlora": Method(f"Conv-LoRA, r={RANK['convlora']}", "convlora", published_rank=True),
     # it trains the encoder's norms with the rest
     "full": Method("everything", "full", ("--lr", "--norm-lr")),
+    "convlora_equal": Method("Conv-LoRA", "convlora"),
+    "talora_last_half": Method("TA-LoRA, last half of the layers", "talora", layers="last-half"),
+    "lora_all": Method("PEFT LoRA, shared, all linear layers", "lora", targets="all"),
+    "lora_per_task_all": Method("PEFT LoRA, one per task, all linear layers", "lora", per_task=True, targets="all"),
+    "talora_all": Method("TA-LoRA, all linear layers", "talora", targets="all"),
+    "convlora_all": Method("Conv-LoRA, all linear layers", "convlora", targets="all"),
 }
+# the rows without --methods
+ROWS = ("decoder", "lora", "lora_per_task", "talora", "convlora", "full")
 
 
 @dataclass(frozen=True)
@@ -149,13 +171,20 @@ class Plan:
     special: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def jobs(
-        self, entry: Entry, rates: Mapping[str, float], amount: Amount, seed: int, split: str = "test"
+        self,
+        entry: Entry,
+        rates: Mapping[str, float],
+        amount: Amount,
+        seed: int,
+        split: str = "test",
+        threads: int | None = None,
     ) -> dict[str, Job]:
         """The runs that one number of the table needs: {what they train: run}.
 
-        `rates` has the learning rate of the method, and the decoders', which all methods share.
+        `rates` has the learning rate of the method, and the decoders', which all methods share. With `threads` it is a
+        repetition with so many CPU threads.
         """
-        options = ["--method", entry.method.method, "--seed", str(seed), "--num-train", str(amount.images),
+        options = [*entry.method.options, "--seed", str(seed), "--num-train", str(amount.images),
                    "--evaluate-on", split, *self.common, *self.special.get(entry.method.method, ())]  # fmt: skip
         decoder_rate = rates.get(BASELINE, DEFAULTS.decoder_lr)
         named = {"--decoder-lr": decoder_rate} | dict.fromkeys(entry.method.rate_options, rates[entry.name])
@@ -169,11 +198,11 @@ class Plan:
                 # as many labelled images of every task, and as many encoder passes, as where each has a model
                 options += ["--steps", str(len(self.tasks) * self.steps)]
         parts = [f"{amount.images}{'-one-task-each' if amount.one_task_each else ''}-{split}", str(entry),
-                 f"rate-{rates[entry.name]:g}", f"seed-{seed}"]  # fmt: skip
+                 f"rate-{rates[entry.name]:g}", f"seed-{seed}" + (f"-threads-{threads}" if threads else "")]  # fmt: skip
         folder = self.output_dir.joinpath("runs", *parts)
         if not entry.method.per_task:
-            return {"all": Job(folder, (*options, "--tasks", *self.tasks))}
-        return {task: Job(folder / task, (*options, "--tasks", task)) for task in self.tasks}
+            return {"all": Job(folder, (*options, "--tasks", *self.tasks), threads)}
+        return {task: Job(folder / task, (*options, "--tasks", task), threads) for task in self.tasks}
 
 
 def split_common(
@@ -203,20 +232,36 @@ def without(arguments: Sequence[str], name: str) -> list[str]:
     return left
 
 
-def matching_ranks(base: str, rank: int, tasks: tuple[str, ...]) -> dict[str, int]:
-    """{method: rank}: TA-LoRA's, and the LoRAs' that have as many parameters as TA-LoRA, together where one is per task."""
+def matching_ranks(base: str, rank: int, tasks: tuple[str, ...], names: Iterable[str] = METHODS) -> dict[str, int]:
+    """{method: rank} at which each has about as many parameters as TA-LoRA of `rank`; one per task, all of them together."""
     config = load_sam(base).config.vision_config
+    target = count_parameters(config, METHODS["talora"], tasks, rank)
+    ranks = {}
+    for name in names:
+        method = METHODS[name]
+        if method.method in RANK:
+            ranks[name] = RANK[method.method] if method.published_rank else nearest_rank(config, method, tasks, target)
+    return ranks
 
-    def parameters(adapter: pt.TALoraConfig | LoraConfig) -> int:
-        with torch.device("meta"):
-            model = get_peft_model(SamVisionModel(config), adapter)
-        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
-    share = parameters(pt.TALoraConfig(tasks=list(tasks), r=rank)) / parameters(
-        LoraConfig(r=1, target_modules=["qkv"])
-    )
-    return {
-        "talora": rank,
-        "lora": max(1, round(share)),
-        "lora_per_task": max(1, round(share / len(tasks))),
-    }
+def nearest_rank(config: SamVisionConfig, method: Method, tasks: tuple[str, ...], target: int) -> int:
+    """The rank at which a method has most nearly as many parameters: their number is a quadratic function of it."""
+    few = (1, 2, 3)
+    polynomial = np.polyfit(few, [count_parameters(config, method, tasks, rank) for rank in few], 2)
+    ranks = np.arange(1, 4 * config.hidden_size)
+    return int(ranks[np.abs(np.polyval(polynomial, ranks) - target).argmin()])
+
+
+def count_parameters(config: SamVisionConfig, method: Method, tasks: tuple[str, ...], rank: int) -> int:
+    """How many parameters a method's adapters of this rank have, without the decoders and norms."""
+    with torch.device("meta"):
+        encoder = SamVisionModel(config)
+        where = adapted_layers(encoder.vision_encoder, method.targets, method.layers)
+        adapter = {
+            "talora": lambda: pt.TALoraConfig(tasks=list(tasks), r=rank, init_weights=True, **where),
+            "convlora": lambda: pt.ConvLoraConfig(r=rank, **where),
+            "lora": lambda: LoraConfig(r=rank, **where),
+        }[method.method]()
+        model = get_peft_model(encoder, adapter)
+    number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return number * (len(tasks) if method.per_task else 1)

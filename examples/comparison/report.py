@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from peft_talora.metrics import HIGHER_IS_BETTER
 
 from .plan import BASELINE, METHODS, RATE_FACTORS, Amount, Entry
-from .results import Result, mean_and_spread, of, paired_differences
+from .results import Noise, Result, interval, mean_and_spread, noise_of, of, paired_differences
 
 # how many decimals tell methods apart
 DECIMALS = {"mean_angle": 2, "median_angle": 2}
@@ -19,22 +20,61 @@ COSTS: dict[str, Callable[[Sequence[Result]], str]] = {
         "-" if own[0].encoder_parameters is None else f"{own[0].encoder_parameters:,}"
     ),
     "adapter, MB": lambda own: f"{own[0].adapter_bytes / 1e6:.1f}",
-    "s per step": lambda own: f"{mean_and_spread([result.seconds_per_step for result in own])[0]:.2f}",
+    "s per step": lambda own: (
+        ("" if all(result.alone for result in own) else ROUGH)
+        + f"{statistics.mean(result.seconds_per_step for result in own):.2f}"
+    ),
 }
+ROUGH = "≈"
 
 
-def markdown(results: Sequence[Result], rates: Mapping[str, float], tuned: Sequence[Mapping]) -> str:
-    """Everything that was found, as tables."""
+def markdown(
+    results: Sequence[Result], rates: Mapping[str, float], tuned: Sequence[Mapping], repeated: Sequence[Result] = ()
+) -> str:
+    """Everything that was found, as tables.
+
+    Args:
+        results: One per method, amount of data and seed.
+        rates: The learning rate of each method.
+        tuned: What was tried to find it.
+        repeated: Some of the results again, with another number of threads.
+    """
     amounts = list(dict.fromkeys(result.amount for result in results))
+    noises = {amount: noise_of(results, amount, repeated) for amount in amounts}
     parts = []
     if amounts:
-        parts += [f"## {amounts[0]}", metrics_table(results, amounts[0]), differences(results, amounts[0])]
+        parts += [f"## {amounts[0]}", metrics_table(results, amounts[0]), f"Noise: {in_words(noises[amounts[0]])}"]
+        if any(not result.alone for result in results):
+            parts.append(f"{ROUGH}: other runs were beside it, so that its time is a rough measure.")
+        parts.append(differences(results, amounts[0]))
     if len(amounts) > 1:
         parts += ["## Delta_b for other amounts of data", amounts_table(results, amounts)]
-        parts += [f"### {amount}\n\n{differences(results, amount)}" for amount in amounts[1:]]
+        parts.append(
+            "\n".join(f"- noise with {amount}: {in_words(noises[amount])}" for amount in amounts if noises[amount])
+        )
+        for amount in amounts[1:]:
+            found = differences(results, amount)
+            parts += [f"### {amount}", found] if found else []
     if tuned:
         parts += ["## Learning rates that were tried", rates_table(rates, tuned)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def in_words(noise: Noise | None) -> str:
+    """What size of difference says nothing."""
+    if noise is None:
+        return "with one seed nothing says which differences it makes."
+    text = (
+        f"two means of Delta_b that differ by less than {noise.size:.1f} points are not told apart. From seed to seed paired "
+        f"differences spread by {noise.spread:.1f} points, over {noise.seeds} seeds."
+    )
+    if noise.repeated:
+        (entry, threads), shifts = noise.repeated, noise.shifts
+        text += (
+            f" Another number of threads ({threads}) moves the Delta_b of {entry.label} by {statistics.mean(shifts):+.1f} points in "
+            f"the mean, and by {max(map(abs, shifts)):.1f} at most in one of {len(shifts)} seeds."
+        )
+    return text
 
 
 def metrics_table(results: Sequence[Result], amount: Amount) -> str:
@@ -64,14 +104,29 @@ def amounts_table(results: Sequence[Result], amounts: Sequence[Amount]) -> str:
 
 
 def differences(results: Sequence[Result], amount: Amount) -> str:
-    """TA-LoRA against the other methods, seed by seed."""
-    lines = []
-    for other in entries_of(results):
-        found = paired_differences(results, Entry("talora"), other, amount)
-        if other.name not in (BASELINE, "talora") and found:
-            seeds = ", ".join(f"{value:+.1f}" for value in found)
-            lines.append(f"- TA-LoRA's Delta_b minus that of {other.label}: {spread(found, 1, '+')} ({seeds})")
-    return "\n".join(lines)
+    """A row and a column per method: how much more Delta_b the row's has, seed by seed, with its confidence interval."""
+    entries = [e for e in entries_of(results) if e.name != BASELINE and of(results, e, amount)]
+    if len(entries) < 2:
+        return ""
+    lines = [row(["Delta_b of", *(f"minus {entry.label}" for entry in entries)]), row(["---"] * (len(entries) + 1))]
+    for first in entries:
+        cells = [difference(paired_differences(results, first, other, amount)) for other in entries]
+        cells[entries.index(first)] = ""
+        lines.append(row([first.label, *cells]))
+    return (
+        "Paired differences in points, seed by seed: mean ± half of the 95 % confidence interval (Student's t), in bold where it "
+        "leaves out zero.\n\n" + "\n".join(lines)
+    )
+
+
+def difference(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    if len(values) == 1:
+        return f"{mean:+.1f} (one seed)"
+    text = f"{mean:+.1f} ± {half:.1f}"
+    return f"**{text}**" if abs(mean) > half else text
 
 
 def rates_table(rates: Mapping[str, float], tuned: Sequence[Mapping]) -> str:
@@ -80,11 +135,16 @@ def rates_table(rates: Mapping[str, float], tuned: Sequence[Mapping]) -> str:
     for name in dict.fromkeys(trial["method"] for trial in tuned):
         cells = [METHODS[name].label]
         for trial in (trial for trial in tuned if trial["method"] == name):
-            gain = "-" if trial["delta_b"] is None else f"{trial['delta_b']:+.1f} %"
+            gains = list(trial["delta_b"].values())
+            gain = spread(gains, 1, "+") + " %" if gains else "-"
             text = f"{trial['rate']:g}: {gain}"
             cells.append(f"**{text}**" if trial["rate"] == rates.get(name) else text)
         lines.append(row(cells))
-    return "\n".join(lines)
+    seeds = max(len(trial["delta_b"]) for trial in tuned)
+    return "\n".join(lines) + (
+        f"\n\nDelta_b on validation images, over {seeds} seeds. A rate is taken instead of the default where it is better by more "
+        "than the seeds differ."
+    )
 
 
 def entries_of(results: Sequence[Result]) -> list[Entry]:

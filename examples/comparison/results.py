@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from scipy import stats
 
 import peft_talora as pt
 
@@ -26,6 +30,8 @@ class Result:
         adapter_bytes: Of all its files.
         seconds_per_step: Of a step of all its models.
         delta_b: Percent, over the baseline with the same data and seed; None without one.
+        alone: No other run was beside it when its seconds were taken.
+        threads: CPU threads, where it is a repetition with another number of them.
     """
 
     entry: Entry
@@ -38,6 +44,8 @@ class Result:
     adapter_bytes: int
     seconds_per_step: float
     delta_b: float | None
+    alone: bool
+    threads: int | None = None
 
     def to_dict(self) -> dict:
         return {
@@ -49,14 +57,21 @@ class Result:
 
 
 def read_result(
-    plan: Plan, entry: Entry, rates: Mapping[str, float], amount: Amount, seed: int, split: str = "test"
+    plan: Plan,
+    entry: Entry,
+    rates: Mapping[str, float],
+    amount: Amount,
+    seed: int,
+    split: str = "test",
+    threads: int | None = None,
 ) -> Result | None:
     """A method's numbers; None while a run of them is not finished."""
-    found = [job.result() for job in plan.jobs(entry, rates, amount, seed, split).values()]
+    jobs = plan.jobs(entry, rates, amount, seed, split, threads).values()
+    found = [job.result() for job in jobs]
     if any(metrics is None for metrics in found):
         return None
     tasks = {task: values for metrics in found for task, values in metrics["tasks"].items()}
-    base = next(iter(plan.jobs(Entry(BASELINE), rates, amount, seed, split).values())).result()
+    base = next(iter(plan.jobs(Entry(BASELINE), rates, amount, seed, split, threads).values())).result()
     trainable = sum(metrics["trainable_parameters"] for metrics in found)
     return Result(
         entry=entry,
@@ -69,6 +84,8 @@ def read_result(
         adapter_bytes=sum(metrics["adapter_bytes"] for metrics in found),
         seconds_per_step=sum(metrics["train_seconds"] / metrics["steps"] for metrics in found),
         delta_b=None if base is None else pt.delta_b(tasks, base["tasks"]),
+        alone=all(job.alone for job in jobs),
+        threads=threads,
     )
 
 
@@ -89,3 +106,54 @@ def paired_differences(results: Iterable[Result], first: Entry, second: Entry, a
     others = {result.seed: result.delta_b for result in of(results, second, amount)}
     pairs = [(result.delta_b, others.get(result.seed)) for result in of(results, first, amount)]
     return [own - other for own, other in pairs if own is not None and other is not None]
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Mean, and half the width of its confidence interval by Student's t; infinite for one value."""
+    mean, deviation = mean_and_spread(values)
+    return mean, half_width(deviation, len(values), level)
+
+
+def half_width(deviation: float, number: int, level: float = 0.95) -> float:
+    """Half the width of the confidence interval of a mean of `number` values; infinite for one."""
+    if number < 2:
+        return math.inf
+    return float(stats.t.ppf((1 + level) / 2, number - 1)) * deviation / math.sqrt(number)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How large a difference of two means can be that says nothing.
+
+    Attributes:
+        seeds: How many there are.
+        spread: Standard deviation of paired differences from seed to seed, pooled over all pairs of methods.
+        shifts: What another number of threads changes in Delta_b, seed by seed.
+        repeated: The method that was repeated with them, and their number.
+    """
+
+    seeds: int
+    spread: float
+    shifts: tuple[float, ...] = ()
+    repeated: tuple[Entry, int] | None = None
+
+    @property
+    def size(self) -> float:
+        """Points of Delta_b, in the mean over the seeds."""
+        from_seeds = half_width(self.spread, self.seeds)
+        return max(from_seeds, abs(statistics.mean(self.shifts))) if self.shifts else from_seeds
+
+
+def noise_of(results: Sequence[Result], amount: Amount, repeated: Sequence[Result] = ()) -> Noise | None:
+    """How noisy a table is; None where no two methods have two seeds in common."""
+    entries = list(dict.fromkeys(result.entry for result in results if result.amount == amount))
+    pairs = (paired_differences(results, *pair, amount) for pair in itertools.combinations(entries, 2))
+    differences = [found for found in pairs if len(found) > 1]
+    if not differences:
+        return None
+    spread = math.sqrt(statistics.mean(statistics.variance(found) for found in differences))
+    seeds = min(len(found) for found in differences)
+    own = {(result.entry, result.seed): result.delta_b for result in results if result.amount == amount}
+    both = [(result.delta_b, own.get((result.entry, result.seed))) for result in repeated if result.amount == amount]
+    shifts = tuple(new - old for new, old in both if new is not None and old is not None)
+    return Noise(seeds, spread, shifts, (repeated[0].entry, repeated[0].threads) if shifts else None)

@@ -1,18 +1,31 @@
 """The comparison of methods: which runs it makes, and what it says of their numbers."""
 
 import json
+import math
 import re
 import shutil
 import statistics
 
 import compare as script
+import numpy as np
 import pytest
 import training.options
 from comparison import one_run
 from comparison.jobs import Job, run_if_missing
-from comparison.plan import METHODS, RATE_FACTORS, Amount, Entry, Plan, matching_ranks, split_common
-from comparison.report import set_parameter_axis
-from comparison.results import mean_and_spread, paired_differences, read_result
+from comparison.plan import (
+    METHODS,
+    RATE_FACTORS,
+    ROWS,
+    Amount,
+    Entry,
+    Plan,
+    count_parameters,
+    matching_ranks,
+    split_common,
+)
+from comparison.rates import choose_rate
+from comparison.report import difference, set_parameter_axis
+from comparison.results import Result, half_width, interval, mean_and_spread, noise_of, paired_differences, read_result
 
 import peft_talora as pt
 
@@ -23,7 +36,7 @@ def option(job, name):
     return job.arguments[job.arguments.index(name) + 1]
 
 
-def fake_metrics(arguments):
+def fake_metrics(arguments, threads=None):
     """Numbers that follow from the arguments: half of the default rate's error at the best rate."""
     job = Job(None, tuple(arguments))
     method, seed = option(job, "--method"), int(option(job, "--seed"))
@@ -31,6 +44,7 @@ def fake_metrics(arguments):
     best = {"decoder": 4e-4, "lora": 5e-3, "talora": 0.013, "convlora": 8e-4, "full": 3e-4}[method]
     gain = {"decoder": 0.0, "lora": 0.1, "talora": 0.2, "convlora": 0.05, "full": 0.3}[method]
     error = 1.0 - gain - 0.01 * seed * (method == "talora") + 0.1 * (float(option(job, name)) != best)
+    error += 0.004 * (threads or 0) * (method == "talora")
     tasks = job.arguments[job.arguments.index("--tasks") + 1 :]
     values = {"depth": {"abs_err": error}, "normals": {"mean_angle": 10 * error}}
     return {
@@ -47,11 +61,12 @@ def fake_runs(monkeypatch):
     """Runs that only write their numbers; gives the list of those that were made."""
     made = []
 
-    def run(job, threads):
+    def run(job, threads, at_once=1):
         made.append(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "arguments.json").write_text(json.dumps(job.arguments))
-        (job.folder / "metrics.json").write_text(json.dumps(fake_metrics(job.arguments)))
+        (job.folder / "conditions.json").write_text(json.dumps({"runs_at_once": at_once}))
+        (job.folder / "metrics.json").write_text(json.dumps(fake_metrics(job.arguments, job.threads)))
         return job.result()
 
     monkeypatch.setattr(Job, "run", run)
@@ -75,12 +90,10 @@ class TestPlan:
         for entry in (*map(Entry, METHODS), Entry("talora", 8), Entry("lora", 8)):
             for rate in (1e-3, 1e-4):
                 for amount in (Amount(16), Amount(64), Amount(16, one_task_each=True)):
-                    for seed, split in ((0, "test"), (1, "test"), (0, "validation")):
-                        folders += [
-                            j.folder for j in plan.jobs(entry, {entry.name: rate}, amount, seed, split).values()
-                        ]
+                    for cell in ((0, "test"), (1, "test"), (0, "validation"), (0, "test", 2)):
+                        folders += [j.folder for j in plan.jobs(entry, {entry.name: rate}, amount, *cell).values()]
         # one LoRA per task has two
-        assert len(folders) == len(set(folders)) == (8 + 1) * 2 * 3 * 3
+        assert len(folders) == len(set(folders)) == (len(METHODS) + 2 + 2) * 2 * 3 * 4
 
     def test_arguments(self, tmp_path):
         plan = Plan(tmp_path, TASKS, {"talora": 4}, ("--steps", "7"))
@@ -92,8 +105,13 @@ class TestPlan:
         assert job.arguments[-2:] == TASKS
         (job,) = plan.jobs(Entry("full"), rates, Amount(16), 5).values()
         assert option(job, "--lr") == option(job, "--norm-lr") == "0.04" and "--rank" not in job.arguments
+        assert "--targets" not in job.arguments
         (job,) = plan.jobs(Entry("talora", 8), rates, Amount(16), 5).values()
-        assert option(job, "--rank") == "8"
+        assert option(job, "--rank") == "8" and option(job, "--targets") == "qkv" and option(job, "--layers") == "all"
+        (job,) = plan.jobs(Entry("talora_last_half"), {"talora_last_half": 0.1}, Amount(16), 5).values()
+        assert option(job, "--layers") == "last-half" and option(job, "--method") == "talora"
+        (job,) = plan.jobs(Entry("lora_all"), {"lora_all": 0.1}, Amount(16), 5).values()
+        assert option(job, "--targets") == "all" and option(job, "--lr") == "0.1"
         parts = plan.jobs(Entry("lora_per_task"), rates, Amount(16), 5)
         assert [(task, job.arguments[-2:]) for task, job in parts.items()] == [(t, ("--tasks", t)) for t in TASKS]
 
@@ -106,14 +124,22 @@ class TestPlan:
     def test_ranks_with_as_many_parameters(self, base):
         # two layers of 32 -> 96: LoRA has 128 r, TA-LoRA 128 r + r r 4 and 4 for each task
         config = pt.msam.loading.load_sam(base).config.vision_config
-        width = config.hidden_size
+        width, tasks = config.hidden_size, ("a", "b", "c")
         talora = 4 * width * 16 + 16 * 16 * 4 + 3 * 4
-        ranks = matching_ranks(base, 16, ("a", "b", "c"))
-        assert ranks == {
-            "talora": 16,
-            "lora": round(talora / (4 * width)),
-            "lora_per_task": round(talora / (4 * width) / 3),
-        }
+        ranks = matching_ranks(base, 16, tasks)
+        assert ranks["talora"] == 16 and ranks["convlora"] == 3 and not {"decoder", "full"} & set(ranks)
+        assert ranks["lora"] == round(talora / (4 * width)) and ranks["lora_per_task"] == round(
+            talora / (4 * width) / 3
+        )
+        target = config.num_hidden_layers * talora
+        for name in ranks.keys() - {"convlora"}:
+            counts = [
+                count_parameters(config, METHODS[name], tasks, rank)
+                for rank in range(ranks[name] - 1, ranks[name] + 2)
+                if rank
+            ]
+            nearest = count_parameters(config, METHODS[name], tasks, ranks[name])
+            assert abs(nearest - target) == min(abs(number - target) for number in counts), name
 
     @pytest.mark.parametrize("text", ["magic", "talora:0", "talora:x", "talora:"])
     def test_impossible_methods(self, text, capsys):
@@ -133,6 +159,8 @@ class TestPlan:
             (["--evaluate", "validation"], "--evaluate-on"),
             (["--one-task-each", "depth"], "--one-task-each"),
             (["--lr=0.1"], "--lr"),
+            (["--targets", "all"], "--targets"),
+            (["--layers", "last-half"], "--layers"),
             (["--decoder-l", "0.1"], "--decoder-lr"),
             (["--steps", "3", "--output-d", "x", "--resume", "latest"], "--resume"),
             (["--num-tr", "3"], "--max-train-images"),
@@ -162,7 +190,7 @@ class TestPlan:
         plan = Plan(tmp_path, TASKS, {}, common, 7, special)
         for name in METHODS:
             arguments = next(iter(plan.jobs(Entry(name), {name: 0.1}, Amount(8), 0).values())).arguments
-            assert ("--init-weights" in arguments) == (name == "talora")
+            assert ("--init-weights" in arguments) == (METHODS[name].method == "talora")
             assert one_run.make_parser().parse_known_args(arguments)[1]
             training.options.parse_args(one_run.make_parser().parse_known_args(arguments)[1])
 
@@ -184,6 +212,23 @@ class TestUsersData:
         with pytest.raises(ValueError, match=r"--num-train 7: .* has 6 images"):
             self.look("--dataset", data_folder, "--num-train", "7")
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--rate-seeds", "1", "1"], "--rate-seeds: one seed says nothing of the noise"),
+            (["--noise", "2", "--num-threads", "2"], "--noise 2 is the number of threads that all runs have"),
+        ],
+    )
+    def test_what_would_say_nothing(self, arguments, message, capsys):
+        with pytest.raises(SystemExit):
+            script.parse_args(arguments)
+        assert message in capsys.readouterr().err
+
+    def test_seeds(self):
+        args, _ = script.parse_args([])
+        assert (args.seeds, args.few_seeds, args.rate_seeds) == ([0, 1, 2, 3, 4], [0, 1, 2], [0, 1])
+        assert script.parse_args(["--seeds", "7"])[0].rate_seeds == [7, 8]
+
     def test_amounts_that_there_are(self):
         args, _ = script.parse_args(["--few-labels", "--methods", "lora", "--seeds", "0"])
         amounts = {amount for _, amount, _ in script.cells(args, 100)}
@@ -191,12 +236,10 @@ class TestUsersData:
             "100 images", "100 images, each labelled for one task", "16 images", "64 images",
         }  # fmt: skip
 
-    def test_rates_are_not_chosen_on_other_images_than_validation_ones(self, data_folder, tmp_path):
+    def test_a_folder_without_a_validation_split(self, data_folder, tmp_path):
         for split in ("train", "test"):
             shutil.copy(f"{data_folder}/{split}-00000-of-00001.parquet", tmp_path)
-        with pytest.raises(ValueError, match="has no validation split to choose learning rates on"):
-            self.look("--dataset", str(tmp_path))
-        assert self.look("--dataset", str(tmp_path), "--no-tuning")[1] == 6
+        assert self.look("--dataset", str(tmp_path))[1] == 6
 
     def test_parameters_that_are_alike_have_numbers_at_their_axis(self, tmp_path):
         from matplotlib import pyplot
@@ -217,9 +260,9 @@ class TestComparison:
         assert found["rates"] == {
             "decoder": 4e-4, "lora": 5e-3, "lora_per_task": 5e-3, "talora": 0.013, "convlora": 8e-4, "full": 3e-4,
         }  # fmt: skip
-        assert len(found["tuning"]) == len(METHODS) * len(RATE_FACTORS)
+        assert len(found["tuning"]) == len(ROWS) * len(RATE_FACTORS)
         # 0.8 + 0.1 of the default against the baseline's 1.0 + 0.1
-        gains = {(trial["method"], trial["rate"]): trial["delta_b"] for trial in found["tuning"]}
+        gains = {(trial["method"], trial["rate"]): trial["delta_b"]["3"] for trial in found["tuning"]}
         assert gains["decoder", 1e-3] == 0 and gains["decoder", 4e-4] == pytest.approx(100 * 0.1 / 1.1)
         assert gains["talora", 0.013] == pytest.approx(100 * (1.0 - 0.77))
         assert gains["talora", 5e-3] == pytest.approx(100 * (1.0 - 0.87))
@@ -227,7 +270,7 @@ class TestComparison:
     def test_numbers_of_the_table(self, command, tmp_path):
         script.main(command)
         results = {(r["method"], r["seed"]): r for r in read(tmp_path)["results"]}
-        assert len(results) == len(METHODS) * 2
+        assert len(results) == len(ROWS) * 2
         assert [results["talora", seed]["delta_b"] for seed in (3, 4)] == pytest.approx([23, 24])
         assert results["talora", 3]["seconds_per_step"] == 2 and results["lora_per_task", 3]["seconds_per_step"] == 4
         assert results["lora_per_task", 3]["trainable_parameters"] == 214
@@ -238,18 +281,21 @@ class TestComparison:
         text = (tmp_path / "out/comparison.md").read_text()
         row = next(line for line in text.splitlines() if line.startswith("| TA-LoRA "))
         assert row == "| TA-LoRA | 0.765 ± 0.007 | 7.65 ± 0.07 | +23.5 ± 0.7 | 207 | 7 | 0.0 | 2.00 |"
-        assert "- TA-LoRA's Delta_b minus that of PEFT LoRA, shared by the tasks: +13.5 ± 0.7 (+13.0, +14.0)" in text
+        # of two seeds: t with one degree of freedom is 12.7, times 0.5
+        lora = next(line for line in text.splitlines() if line.startswith("| PEFT LoRA, shared by the tasks |  | "))
+        assert lora.split(" | ")[3] == "**-13.5 ± 6.4**"
+        assert "differ by less than" in text and "over 2 seeds" in text and "≈" not in text
         assert (tmp_path / "out/comparison.png").stat().st_size > 10_000
 
     def test_nothing_is_run_twice_and_more_can_be_asked_for(self, command, tmp_path, fake_runs):
         script.main([*command, "--methods", "lora", "talora"])
-        # three rates of three methods and their results for two seeds
-        assert len(fake_runs) == len({job.folder for job in fake_runs}) == 3 * 3 + 3 * 2
+        # three rates of three methods and their results, for two seeds
+        assert len(fake_runs) == len({job.folder for job in fake_runs}) == 3 * 3 * 2 + 3 * 2
         script.main([*command, "--methods", "lora", "talora"])
-        assert len(fake_runs) == 15
+        assert len(fake_runs) == 24
         script.main([*command, "--methods", "lora", "talora", "talora:2", "--few-labels", "--few-seeds", "3"])
         # the other rank for two seeds, and three methods for four amounts of data
-        assert len(fake_runs) == 15 + 2 + 3 * 4
+        assert len(fake_runs) == 24 + 2 + 3 * 4
         text = (tmp_path / "out/comparison.md").read_text()
         assert (
             "| method | 512 images | 512 images, each labelled for one task | 16 images | 64 images | 256 images |"
@@ -260,6 +306,24 @@ class TestComparison:
         script.main([*command, "--no-tuning", "--methods", "talora"])
         assert len(fake_runs) == 4
         assert read(tmp_path)["rates"] == {"decoder": 1e-3, "talora": 5e-3} and read(tmp_path)["tuning"] == []
+
+    def test_another_number_of_threads(self, command, tmp_path, fake_runs):
+        script.main([*command, "--no-tuning", "--methods", "talora", "--noise", "2", "--num-threads", "1"])
+        again = [job for job in fake_runs if job.threads]
+        assert [option(job, "--method") for job in again] == ["decoder", "talora"] * 2 and {
+            j.threads for j in again
+        } == {2}
+        assert {(r["threads"], r["method"]) for r in read(tmp_path)["repeated"]} == {(2, "talora")}
+        text = (tmp_path / "out/comparison.md").read_text()
+        # 0.008 of the baseline's error of 1.1
+        assert (
+            "(2) moves the Delta_b of TA-LoRA by -0.7 points in the mean, and by 0.7 at most in one of 2 seeds" in text
+        )
+
+    def test_times_of_runs_beside_others_are_rough(self, command, tmp_path):
+        script.main([*command, "--no-tuning", "--methods", "talora", "--jobs", "2"])
+        text = (tmp_path / "out/comparison.md").read_text()
+        assert "| ≈2.00 |" in text and "≈: other runs were beside it" in text
 
     def test_report_alone_runs_nothing(self, command, tmp_path, fake_runs):
         script.main([*command, "--methods", "talora", "--no-tuning", "--seeds", "3"])
@@ -275,10 +339,10 @@ class TestComparison:
     def test_a_failure_is_told_and_the_rest_goes_on(self, command, tmp_path, monkeypatch, capsys):
         run = Job.run
 
-        def sometimes(job, threads):
+        def sometimes(job, threads, at_once):
             if option(job, "--method") == "lora":
                 raise RuntimeError(f"{job.folder}: out of memory")
-            return run(job, threads)
+            return run(job, threads, at_once)
 
         monkeypatch.setattr(Job, "run", sometimes)
         assert script.main([*command, "--no-tuning", "--methods", "lora", "talora"]) == 1
@@ -286,10 +350,58 @@ class TestComparison:
         assert {r["method"] for r in read(tmp_path)["results"]} == {"decoder", "talora"}
 
 
+def make_result(name, seed, delta_b, threads=None):
+    return Result(Entry(name), Amount(8), seed, 0.1, {}, 1, 1, 1, 1.0, delta_b, True, threads)
+
+
 class TestNumbers:
     def test_mean_and_spread(self):
         assert mean_and_spread([1.0, 2.0, 6.0]) == (3.0, statistics.stdev([1, 2, 6]))
         assert mean_and_spread([5.0]) == (5.0, 0.0)
+
+    def test_interval(self):
+        # by hand: t is 4.303 with two degrees of freedom
+        mean, half = interval([1.0, 2.0, 6.0])
+        assert mean == 3.0 and half == pytest.approx(4.3027 * statistics.stdev([1, 2, 6]) / math.sqrt(3), rel=1e-4)
+        assert interval([5.0]) == (5.0, math.inf)
+        assert difference([1.0, 1.1, 0.9]) == "**+1.0 ± 0.2**" and difference([1.0, 2.0, 6.0]) == "+3.0 ± 6.6"
+        assert difference([1.0]) == "+1.0 (one seed)" and difference([]) == "-"
+
+    def test_interval_covers_the_mean_as_often_as_it_says(self):
+        random = np.random.default_rng(0)
+        found = [interval(list(random.normal(7.0, 2.0, 5))) for _ in range(2000)]
+        assert 0.94 < sum(abs(mean - 7.0) <= half for mean, half in found) / 2000 < 0.96
+
+    def test_noise_is_that_of_paired_differences(self):
+        """What a seed does to all methods alike is no noise."""
+        common, own = [10.0, -10.0, 0.0], {"lora": [0.0, 0.0, 0.0], "talora": [1.0, 2.0, 3.0]}
+        results = [make_result(name, seed, common[seed] + own[name][seed]) for name in own for seed in range(3)]
+        noise = noise_of(results, Amount(8))
+        assert (noise.seeds, noise.spread, noise.shifts) == (3, pytest.approx(1.0), ())
+        assert noise.size == pytest.approx(half_width(1.0, 3))
+        repeated = [make_result("talora", seed, common[seed] + own["talora"][seed] + 9.0, 2) for seed in range(3)]
+        assert noise_of(results, Amount(8), repeated).size == pytest.approx(9.0)
+        assert noise_of([r for r in results if r.seed == 0], Amount(8)) is None
+
+    @pytest.mark.parametrize(
+        ("gains", "chosen"),
+        [
+            # better by a little in both seeds, but the seeds differ by more
+            ({1.0: {0: 1.0, 1: 2.0}, 2.0: {0: 1.5, 1: 2.5}}, 1.0),
+            ({1.0: {0: 1.0, 1: 1.1}, 2.0: {0: 1.5, 1: 1.7}}, 2.0),
+            ({1.0: {0: 1.0, 1: 1.1}, 2.0: {0: 0.0, 1: 3.0}}, 1.0),
+            ({0.5: {0: 4.0, 1: 4.1}, 1.0: {0: 1.0, 1: 1.1}, 2.0: {0: 5.0, 1: 5.1}}, 2.0),
+            ({0.5: {0: 4.0, 1: 4.1}, 1.0: {0: 1.0, 1: 1.1}, 2.0: {0: 5.0}}, 0.5),
+            ({0.5: {0: -4.0, 1: -4.1}, 1.0: {0: 1.0, 1: 1.1}, 2.0: {}}, 1.0),
+            # one seed says nothing
+            ({1.0: {0: 1.0}, 2.0: {0: 5.0}}, 1.0),
+            # the default failed
+            ({0.5: {0: 4.0, 1: 4.1}, 1.0: {}, 2.0: {0: 5.0, 1: 2.0}}, 0.5),
+            ({0.5: {}, 1.0: {}}, 1.0),
+        ],
+    )
+    def test_a_rate_is_taken_for_more_than_noise(self, gains, chosen):
+        assert choose_rate(1.0, gains) == chosen
 
     def test_differences_are_paired_by_seed(self, tmp_path, fake_runs):
         plan, amount, rates = Plan(tmp_path, TASKS, {}), Amount(8), {"decoder": 4e-4, "lora": 5e-3, "talora": 0.013}

@@ -1,0 +1,71 @@
+"""Which learning rate each method gets."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import peft_talora as pt
+
+from .jobs import Job
+from .plan import BASELINE, METHODS, Amount, Entry, Plan
+from .results import mean_and_spread, read_result
+
+Gains = Mapping[float, Mapping[int, float]]
+
+
+def tune(
+    plan: Plan, names: Sequence[str], amount: Amount, seeds: Sequence[int], run: Callable[[str, list[Job]], None]
+) -> tuple[dict[str, float], list[dict]]:
+    """The learning rate of each method, and what the validation split said of those that were tried.
+
+    Args:
+        plan: What all runs have in common.
+        names: The methods; the first is the baseline.
+        amount: The data.
+        seeds: At least two.
+        run: Makes the runs that are missing.
+    """
+    rates = {name: METHODS[name].default_rate for name in names}
+    trials: list[dict] = []
+    # the decoders' rate is part of every other run
+    for group in ([BASELINE], [name for name in names if name != BASELINE]):
+        tried = [(name, rate, seed) for name in group for rate in METHODS[name].rates for seed in seeds]
+        jobs = [plan.jobs(Entry(name), rates | {name: rate}, amount, seed, "validation") for name, rate, seed in tried]
+        # what Delta_b compares with
+        jobs += [plan.jobs(Entry(BASELINE), rates, amount, seed, "validation") for seed in seeds]
+        run("learning rates", [job for parts in jobs for job in parts.values()])
+        base = {seed: read_result(plan, Entry(BASELINE), rates, amount, seed, "validation") for seed in seeds}
+        found: dict[str, dict[float, dict[int, float]]] = {name: {} for name in group}
+        for name, rate, seed in tried:
+            result = read_result(plan, Entry(name), rates | {name: rate}, amount, seed, "validation")
+            gains = found[name].setdefault(rate, {})
+            if result is not None and base[seed] is not None:
+                gains[seed] = pt.delta_b(result.tasks, base[seed].tasks)
+        for name, gains in found.items():
+            trials += [{"method": name, "rate": rate, "delta_b": own} for rate, own in gains.items()]
+            rates[name] = choose_rate(rates[name], gains)
+    return rates, trials
+
+
+def choose_rate(default: float, gains: Gains) -> float:
+    """The best rate, if it is better than the default by more than the seeds differ; else the default.
+
+    How much they differ is the largest standard deviation over the seeds: of either rate's Delta_b, and of the paired
+    differences. A rate with a seed that failed is not taken, the default included.
+
+    Args:
+        default: What counts unless something is better.
+        gains: {rate: {seed: Delta_b}}.
+    """
+    seeds = max(map(len, gains.values()), default=0)
+    complete = {rate: own for rate, own in gains.items() if len(own) == seeds > 1}
+    if default not in complete:
+        return max(complete, key=lambda rate: statistics.mean(complete[rate].values()), default=default)
+    own, best, most = complete.pop(default), default, 0.0
+    for rate, others in complete.items():
+        differences = [others[seed] - own[seed] for seed in own]
+        spread = max(mean_and_spread(values)[1] for values in (own.values(), others.values(), differences))
+        if statistics.mean(differences) > max(spread, most):
+            best, most = rate, statistics.mean(differences)
+    return best
