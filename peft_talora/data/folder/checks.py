@@ -6,7 +6,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 NAME = "{name}"
@@ -66,9 +66,8 @@ def is_inside(value: Any) -> bool:
     if not isinstance(value, str) or not value or "\0" in value or len(value) > 1000:
         return False
     path = PurePosixPath(value.replace("\\", "/"))
-    return (
-        not path.is_absolute() and ".." not in path.parts and not value.startswith("~") and ":" not in path.parts[:1]
-    )
+    outside = path.is_absolute() or PureWindowsPath(value).drive or value.startswith("~")
+    return not outside and ".." not in path.parts
 
 
 def checked_pattern(value: Any, where: str) -> str:
