@@ -192,7 +192,7 @@ class TaskRouter:
     def add_task(self, adapter_name: str, task: str) -> None:
         """Let a known adapter have one more task, the last one; the active one stays."""
         self.tasks[adapter_name] = (*self.tasks[adapter_name], task)
-        self.added[adapter_name] += 1
+        self.added[adapter_name] = self.added.get(adapter_name, 0) + 1
 
     def forget(self, adapter_name: str) -> None:
         """Drop an adapter that was deleted."""
