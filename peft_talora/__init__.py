@@ -12,6 +12,7 @@ from .hub import load_adapter, push_adapter, save_adapter
 from .metrics import delta_b
 from .msam import MSamConfig, MSamForMultiTask, MSamOutput, MSamProcessor, TaskSpec
 from .msam.adapter import default_modules_to_save
+from .msam.add_task import add_task
 from .routing.router import checkpoint_context, set_task, use_task
 from .talora import TALoraConfig, TALoraLayer, TALoraLinear, TALoraModel
 
@@ -31,6 +32,7 @@ __all__ = [
     "TALoraLinear",
     "TALoraModel",
     "TaskSpec",
+    "add_task",
     "auxiliary_loss",
     "checkpoint_context",
     "convlora_from_autogluon",

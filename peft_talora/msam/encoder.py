@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionEncoderOutput
 
-from ..routing.router import using_ids
+from ..routing.router import number_added, using_ids
 from .checks import checked_chunk
 
 
@@ -132,16 +132,27 @@ def encode_tasks(
     chunk_size, encoder = checked_chunk(task_chunk, len(names)), model.vision_encoder
     if not is_task_aware(encoder):
         return dict.fromkeys(names, encoder(pixel_values, trunk_states=trunk_states).last_hidden_state)
-    if trunk_states is None and len(names) > chunk_size:
+    chunks = _chunks(list(model.task_specs), names, chunk_size, number_added(encoder))
+    if trunk_states is None and len(chunks) > 1:
         pixel_values, trunk_states = None, encoder(pixel_values, trunk_only=True)
     indices, embeddings = {name: index for index, name in enumerate(model.task_specs)}, {}
-    for start in range(0, len(names), chunk_size):
-        chunk = names[start : start + chunk_size]
+    for chunk in chunks:
         branches = [indices[name] for name in chunk]
         output = encoder(pixel_values, trunk_states=trunk_states, branches=branches).last_hidden_state
         rows = output.unflatten(0, (output.shape[0] // len(chunk), len(chunk)))
         embeddings.update(zip(chunk, rows.unbind(1), strict=True))
-    return embeddings
+    return {name: embeddings[name] for name in names}
+
+
+def _chunks(tasks: list[str], names: list[str], size: int, added: int) -> list[list[str]]:
+    """The wanted tasks in batches of `size` at most; each of the last `added` tasks is one by itself.
+
+    Were it in the batch of the others, their products would have other sizes with it than without, and other last bits.
+    """
+    alone = tasks[len(tasks) - added :]
+    first = [name for name in names if name not in alone]
+    chunks = [first[start : start + size] for start in range(0, len(first), size)]
+    return chunks + [[name] for name in names if name in alone]
 
 
 def encode_mixed(

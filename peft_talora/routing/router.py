@@ -145,18 +145,20 @@ class TaskRouter:
     Attributes:
         tasks (`dict[str, tuple[str, ...]]`): The ordered task names of each adapter.
         active (`dict[str, int]`): The index of each adapter's active task.
+        added (`dict[str, int]`): How many of each adapter's tasks, the last ones, were added later.
     """
 
     def __init__(self) -> None:
         self.tasks: dict[str, tuple[str, ...]] = {}
         self.active: dict[str, int] = {}
+        self.added: dict[str, int] = {}
         self._thread = _ThreadRouting()
         with _ROUTERS_LOCK:
             _LIVE_ROUTERS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # what a thread is doing right now belongs to neither a copy nor a file
-        return {"tasks": dict(self.tasks), "active": dict(self.active)}
+        return {"tasks": dict(self.tasks), "active": dict(self.active), "added": dict(self.added)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()
@@ -179,17 +181,24 @@ class TaskRouter:
         """The adapter of each sample, or None where all samples use the active ones."""
         return None if self.override is None else self.override.adapter_names
 
-    def add(self, adapter_name: str, tasks: Sequence[str]) -> None:
+    def add(self, adapter_name: str, tasks: Sequence[str], added: int = 0) -> None:
         """Register an adapter; its first task becomes active. Registering the same tasks again changes nothing."""
         tasks = tuple(tasks)
         if self.tasks.get(adapter_name) != tasks:
             self.tasks[adapter_name] = tasks
             self.active[adapter_name] = 0
+            self.added[adapter_name] = added
+
+    def add_task(self, adapter_name: str, task: str) -> None:
+        """Let a known adapter have one more task, the last one; the active one stays."""
+        self.tasks[adapter_name] = (*self.tasks[adapter_name], task)
+        self.added[adapter_name] = self.added.get(adapter_name, 0) + 1
 
     def forget(self, adapter_name: str) -> None:
         """Drop an adapter that was deleted."""
         self.tasks.pop(adapter_name, None)
         self.active.pop(adapter_name, None)
+        self.added.pop(adapter_name, None)
 
     def task_of(self, adapter_name: str) -> int | torch.Tensor:
         """The task index, or the LongTensor (B,) of task indices, that `adapter_name` has to use now."""
@@ -331,6 +340,12 @@ def find_routers(model: nn.Module) -> list[TaskRouter]:
         if isinstance(router, TaskRouter) and not any(router is known for known in routers):
             routers.append(router)
     return routers
+
+
+def number_added(model: nn.Module) -> int:
+    """How many of the last tasks were added later to the adapters in `model`, the most of any."""
+    numbers = [number for router in find_routers(model) for number in router.added.values()]
+    return max([0, *numbers])
 
 
 def _require_routers(model: nn.Module) -> list[TaskRouter]:

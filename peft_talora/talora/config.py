@@ -49,6 +49,9 @@ class TALoraConfig(TargetsConfig):
         active_task (`str`, *optional*):
             The task that is active when the adapter is made or loaded; the first one when None. An adapter is saved with
             the task that is active then.
+        added_tasks (`int`):
+            How many of the tasks, the last ones, came later by [`add_task`], which fills it. An mSAM encodes each of them in a
+            batch of its own: the others then keep the products they had, to the last bit.
         target_modules (`list[str]` or `str`, *optional*):
             Names of the modules to adapt, or a regular expression. The fused `qkv` of the vision encoder for SAM
             models when None.
@@ -104,6 +107,9 @@ class TALoraConfig(TargetsConfig):
         default=None,
         metadata={"help": "The task that is active when the adapter is made or loaded; the first when None."},
     )
+    added_tasks: int = field(
+        default=0, metadata={"help": "How many of the last tasks came later; filled by add_task."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +117,7 @@ class TALoraConfig(TargetsConfig):
         if self.tasks is not None:
             self.tasks = list(validate_task_names(self.tasks))
             self.check_active_task()
+        self._check_added_tasks()
         for name in ("r", "r_task"):
             check_positive_int(name, getattr(self, name))
         for name in ("r_in", "r_out"):
@@ -129,6 +136,13 @@ class TALoraConfig(TargetsConfig):
         """Raise ValueError unless `active_task` is one of `tasks`."""
         if self.active_task is not None and self.active_task not in self.tasks:
             raise ValueError(f"`active_task` must be one of the tasks {self.tasks}, got {self.active_task!r}.")
+
+    def _check_added_tasks(self) -> None:
+        number = self.added_tasks
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self.tasks or [None]):
+            raise ValueError(
+                f"`added_tasks` must be how many of the tasks {self.tasks} were added to the first ones, got {number!r}."
+            )
 
     def warn_of_shared_starts(self) -> None:
         """Warn where tasks that were to start as LoRAs of their own share one."""

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
+from ..msam.frozen import FrozenParameter
 from ..routing.checkpointing import in_backward
 from ..routing.mixed_batch import by_sample, samples_of
 from ..routing.router import TaskRouter, replaying
@@ -17,6 +18,7 @@ from ..tuner.layer import PluginLayer
 from ..tuner.low_rank import add_product
 from .config import TALoraConfig
 from .init import fill_factors
+from .own_row import OwnRows, share_state
 
 
 class TALoraLayer(PluginLayer):
@@ -37,6 +39,8 @@ class TALoraLayer(PluginLayer):
         self.enable_qkv: dict[str, list[bool] | None] = {}
         self.ortho_reg_weight: dict[str, float] = {}
         self.talora_dropout = nn.ModuleDict({})
+        self.talora_own_row = OwnRows()
+        share_state(self)
         # the one task that the layer belongs to, whatever the forward is for; None outside of the decoders of an mSAM
         self.own_task: str | None = None
         # the task that each merged adapter was merged for
@@ -76,10 +80,33 @@ class TALoraLayer(PluginLayer):
         self.talora_U1[adapter_name] = nn.Parameter(torch.empty(self.in_features, p))
         self.talora_U2[adapter_name] = nn.Parameter(torch.empty(num_enabled, q))
         self.talora_U3[adapter_name] = nn.Parameter(torch.empty(len(config.tasks), v))
-        self.task_router.add(adapter_name, config.tasks)
+        if adapter_name in self.talora_own_row:
+            del self.talora_own_row[adapter_name]
+        self.task_router.add(adapter_name, config.tasks, config.added_tasks)
 
         self.reset_talora_parameters(adapter_name, config.init_weights)
         self._activate(adapter_name, config)
+
+    def task_rows(self, adapter_name: str) -> torch.Tensor:
+        """U3 (T, v); the row of a task that was added comes from the parameter that it is trained in."""
+        U3 = self.talora_U3[adapter_name]
+        if adapter_name not in self.talora_own_row:
+            return U3
+        return torch.cat([U3[:-1], self.talora_own_row[adapter_name]])
+
+    @torch.no_grad()
+    def add_task_row(self, adapter_name: str, row: torch.Tensor) -> None:
+        """Add a task: a last row of U3 that is a parameter of its own. The other rows are never trained again here.
+
+        Args:
+            adapter_name: The adapter's name.
+            row: Where the row starts, (v,).
+        """
+        rows = torch.cat([self.task_rows(adapter_name), row[None]])
+        self.talora_U3[adapter_name] = FrozenParameter(rows, requires_grad=False)
+        self.talora_own_row[adapter_name] = nn.Parameter(row[None].clone())
+        # for PEFT it is a parameter of the adapter like the others, of this layer
+        self.adapter_layer_names = (*type(self).adapter_layer_names, "talora_own_row")
 
     def _num_enabled_outputs(self, config: TALoraConfig, name: str) -> int:
         if config.enable_qkv is None:
@@ -211,8 +238,8 @@ class TALoraLinear(nn.Module, TALoraLayer):
 
     def _core(self, adapter_name: str, task: int | torch.Tensor) -> torch.Tensor:
         """s M_t: (p, q) for one task, (B, p, q) for one task per sample."""
-        G, U3 = self.talora_G[adapter_name], self.talora_U3[adapter_name]
-        rows = U3[task] * self.scaling[adapter_name]
+        G = self.talora_G[adapter_name]
+        rows = self.task_rows(adapter_name)[task] * self.scaling[adapter_name]
         if rows.ndim == 1:
             return G @ rows
         p, q, v = G.shape

@@ -62,8 +62,8 @@ class PluginLayer(BaseTunerLayer):
         return result
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """The adapter's parameters in the order of `adapter_layer_names`."""
-        return [getattr(self, name)[adapter_name] for name in self.adapter_layer_names]
+        """The adapter's parameters in the order of the class's `adapter_layer_names`."""
+        return [getattr(self, name)[adapter_name] for name in type(self).adapter_layer_names]
 
     def auxiliary_values(self, adapter_name: str) -> torch.Tensor | None:
         """What the adapter brings to the auxiliary loss, weighted: (n,), to be reduced over all layers; None for nothing."""
