@@ -13,7 +13,7 @@ from .metrics import delta_b
 from .msam import MSamConfig, MSamForMultiTask, MSamOutput, MSamProcessor, TaskSpec
 from .msam.adapter import default_modules_to_save
 from .msam.add_task import add_task
-from .routing.router import checkpoint_context, set_task, use_task
+from .routing import checkpoint_context, set_task, use_task
 from .talora import TALoraConfig, TALoraLayer, TALoraLinear, TALoraModel
 
 __version__ = "0.1.0"

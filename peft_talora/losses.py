@@ -19,7 +19,7 @@ from .kinds.classes import cross_entropy, labelled_classes
 from .kinds.depth import labelled_depth
 from .kinds.normals import cosine_distance, labelled_normals
 from .kinds.regression import absolute_error, labelled_values
-from .routing.router import resolve_task
+from .routing.requests import resolve_task
 
 __all__ = [
     "absolute_error",

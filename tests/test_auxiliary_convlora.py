@@ -16,7 +16,7 @@ from peft_talora import (
     checkpoint_context,
     expert_usage,
 )
-from peft_talora.routing.router import replaying
+from peft_talora.routing.replay import replaying
 
 
 def config(**changes):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..losses import check_labels
-from ..routing.router import TaskRequest, resolve_task
+from ..routing.requests import TaskRequest, resolve_task
 from .configuration import MSamConfig
 from .tasks import TaskSpec
 

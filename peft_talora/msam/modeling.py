@@ -21,7 +21,7 @@ from transformers.models.sam.modeling_sam import (
 from transformers.utils import ModelOutput
 
 from ..auxiliary import auxiliary_loss
-from ..routing.router import TaskRequest
+from ..routing.requests import TaskRequest
 from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
 from .decoder import MSamTokenDecoder, decode, token_decoder_state

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .router import checkpoint_context, replaying
+from .replay import checkpoint_context, replaying
 
 REENTRANT_ERROR = (
     "Reentrant gradient checkpointing (use_reentrant=True) is not supported: its replay cannot be told which tasks the "

@@ -17,7 +17,9 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .router import Routing, TaskRequest, TaskRouter, resolve_task
+from .blocks import Routing
+from .requests import TaskRequest, resolve_task
+from .router import TaskRouter
 
 BASE_MODEL = "__base__"
 

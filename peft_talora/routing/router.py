@@ -8,135 +8,30 @@ forward leaves nothing behind.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import inspect
-import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
+from .blocks import OpenBlock, OpenBlocks, Routing, suspendable_owner
 from .layers import tuned_layers
-
-# One task for all samples (a name or an index), or one task per sample (names or indices, or a LongTensor (B,)).
-Task = str | int
-TaskRequest = Task | Sequence[Task] | torch.Tensor
+from .requests import Task, TaskRequest, resolve_task
 
 _LIVE_ROUTERS: weakref.WeakSet[TaskRouter] = weakref.WeakSet()
 _ROUTERS_LOCK = threading.Lock()
-
-
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """The tasks of one forward.
-
-    Args:
-        by_adapter: Per adapter an index for all samples, or a LongTensor (B,) of one index per sample.
-        source: The request as the caller gave it.
-        adapter_names: The adapter of each sample, where they differ.
-    """
-
-    by_adapter: dict[str, int | torch.Tensor]
-    source: Any = None
-    adapter_names: tuple[str, ...] | None = None
-
-
-class _OpenBlock:
-    """A `with` block that is open: its routing, and the generator or coroutine that it was opened in, if any."""
-
-    def __init__(self, routing: Routing | None, owner: FrameType | None) -> None:
-        self.routing = routing
-        self.owner = owner
-
-
-class _ThreadState:
-    """What one thread uses instead of the active tasks: the routing of its innermost open block."""
-
-    def __init__(self) -> None:
-        self.routing: Routing | None = None
-        self.blocks: list[_OpenBlock] = []
-
-    def open(self, block: _OpenBlock) -> None:
-        self.blocks.append(block)
-        self.routing = block.routing
-
-    def close(self, block: _OpenBlock) -> None:
-        """Forget a block, whatever was opened or closed since: those of generators close in any order."""
-        self.blocks.remove(block)
-        self.routing = self.blocks[-1].routing if self.blocks else None
-
-    def settle(self) -> None:
-        """Make the routing that of the innermost block whose generator or coroutine, if it has one, is running."""
-        if not any(block.owner is not None for block in self.blocks):
-            return
-        running = _running_frames()
-        for block in reversed(self.blocks):
-            if block.owner is None or block.owner in running:
-                self.routing = block.routing
-                return
-        raise RuntimeError(
-            "A model is called outside of the `use_task` block that is open in this thread: the generator or coroutine "
-            f"'{self.blocks[-1].owner.f_code.co_name}', which opened it, is suspended. Call the model inside of the block, "
-            "or give the call its own `use_task` block or task_ids."
-        )
 
 
 class _ThreadRouting(threading.local):
     """The current thread's state; `__init__` runs in every thread that looks at it."""
 
     def __init__(self) -> None:
-        self.state = _ThreadState()
-
-
-_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
-
-def _running_frames() -> set[FrameType]:
-    """The frames of all functions that are running in this thread."""
-    frames, frame = set(), sys._getframe()
-    while frame is not None:
-        frames.add(frame)
-        frame = frame.f_back
-    return frames
-
-
-def _suspendable_owner() -> FrameType | None:
-    """The innermost running generator or coroutine, which can be suspended inside of a block; None where there is none.
-
-    The generator of a `contextlib` context manager does not count: its block is that of the function that uses it.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    frame = sys._getframe(1)
-    while frame is not None:
-        outer = frame.f_back
-        manager = outer is not None and outer.f_code.co_filename == contextlib.__file__
-        if frame.f_code.co_flags & _SUSPENDABLE and not manager and frame.f_code.co_filename != contextlib.__file__:
-            return frame
-        frame = outer
-    return None
-
-
-class _ThreadReplay(threading.local):
-    """Whether the current thread replays a checkpointed forward."""
-
-    def __init__(self) -> None:
-        self.active = False
-
-
-_REPLAY = _ThreadReplay()
-
-
-def replaying() -> bool:
-    """Whether this thread runs a block again for activation checkpointing, inside of `checkpoint_context`'s replay."""
-    return _REPLAY.active
+        self.state = OpenBlocks()
 
 
 class TaskRouter:
@@ -249,7 +144,7 @@ class TaskRouter:
             finally:
                 state.routing = previous
             return
-        block = _OpenBlock(routing, owner)
+        block = OpenBlock(routing, owner)
         state.open(block)
         try:
             yield
@@ -259,61 +154,6 @@ class TaskRouter:
     def snapshot(self) -> Routing:
         """Everything that decides the tasks of a forward now, to replay it later under activation checkpointing."""
         return self.override or Routing(dict(self.active))
-
-
-def task_index(task: Task, tasks: Sequence[str]) -> int:
-    """The index of `task` (a name or an index) in `tasks`. Raises ValueError naming the known tasks."""
-    if isinstance(task, str):
-        if task not in tasks:
-            raise ValueError(f"Unknown task '{task}'. The known tasks are {list(tasks)}.")
-        return tasks.index(task)
-    if isinstance(task, bool) or not isinstance(task, int):
-        raise ValueError(f"A task is a name or an index, got {task!r} ({type(task).__name__}). Known: {list(tasks)}.")
-    if not 0 <= task < len(tasks):
-        raise ValueError(f"Task index {task} is out of range for the {len(tasks)} known tasks {list(tasks)}.")
-    return task
-
-
-def resolve_task(request: TaskRequest, tasks: Sequence[str], device: torch.device | None = None) -> int | torch.Tensor:
-    """An index for one task, a LongTensor (B,) for one task per sample.
-
-    Args:
-        request: A name or an index; or B of them; or an integer tensor (B,), or () for one task.
-        tasks: The ordered task names.
-        device: Where the LongTensor goes; None leaves a tensor where it is.
-    """
-    if isinstance(request, str | int):
-        return task_index(request, tasks)
-    if isinstance(request, torch.Tensor):
-        ids = _check_id_tensor(request, tasks)
-        return int(ids) if ids.ndim == 0 else ids.to(device=device, dtype=torch.long)
-    if isinstance(request, Sequence):
-        return torch.tensor([task_index(_as_python(t), tasks) for t in request], dtype=torch.long, device=device)
-    raise ValueError(
-        f"Tasks are given as a name, an index, a list of these or an integer tensor (B,), got {type(request).__name__}. "
-        f"The known tasks are {list(tasks)}."
-    )
-
-
-def _as_python(task: Any) -> Any:
-    return task.item() if isinstance(task, torch.Tensor) and task.ndim == 0 else task
-
-
-def _check_id_tensor(ids: torch.Tensor, tasks: Sequence[str]) -> torch.Tensor:
-    if ids.ndim > 1:
-        raise ValueError(
-            f"task_ids must have the shape (batch,), or () for one task, got {tuple(ids.shape)}. Known tasks: {list(tasks)}."
-        )
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"task_ids must be integers, got {ids.dtype}. The known tasks are {list(tasks)}.")
-    # inside a compiled graph a look at the values would break the graph; there torch reports a bad index itself
-    if not torch.compiler.is_compiling() and ids.numel() and ids.device.type != "meta":
-        low, high = (int(v) for v in torch.aminmax(ids))
-        if low < 0 or high >= len(tasks):
-            raise ValueError(
-                f"Task index {low if low < 0 else high} is out of range for the {len(tasks)} known tasks {list(tasks)}."
-            )
-    return ids
 
 
 def check_batch_size(routing: Routing | None, batch_size: int) -> None:
@@ -346,6 +186,12 @@ def number_added(model: nn.Module) -> int:
     """How many of the last tasks were added later to the adapters in `model`, the most of any."""
     numbers = [number for router in find_routers(model) for number in router.added.values()]
     return max([0, *numbers])
+
+
+def live_routers() -> list[TaskRouter]:
+    """Every router that there is."""
+    with _ROUTERS_LOCK:
+        return list(_LIVE_ROUTERS)
 
 
 def _require_routers(model: nn.Module) -> list[TaskRouter]:
@@ -382,7 +228,7 @@ def use_task(model: nn.Module, task: TaskRequest) -> Iterator[None]:
     Raises:
         ValueError: Unknown task (names the known ones), or no task-aware layer in `model`.
     """
-    owner = _suspendable_owner()
+    owner = suspendable_owner()
     with ExitStack() as stack:
         for router in _require_routers(model):
             stack.enter_context(router.using(router.resolve(task), owner))
@@ -401,52 +247,3 @@ def using_ids(model: nn.Module, ids: int | torch.Tensor) -> Iterator[None]:
         for router in find_routers(model):
             stack.enter_context(router.using(Routing(dict.fromkeys(router.tasks, ids), source=ids)))
         yield
-
-
-def checkpoint_context() -> tuple[Any, Any]:
-    """The `context_fn` for `torch.utils.checkpoint.checkpoint`: the replay uses the tasks of the forward.
-
-    Layers that keep something of their last forward know by [`replaying`] that this is none.
-
-    Example:
-        ```py
-        checkpoint(block, x, use_reentrant=False, context_fn=peft_talora.checkpoint_context)
-        ```
-    """
-    with _ROUTERS_LOCK:
-        routers = list(_LIVE_ROUTERS)
-    snapshots = [(router, router.snapshot()) for router in routers]
-    # the forward asks for its tasks in the same way as the replay: compiled code is guarded by it, and would be other code
-    return _Tasks(snapshots, replay=False), _Tasks(snapshots, replay=True)
-
-
-class _Tasks(threading.local):
-    """Enters the tasks of a checkpointed forward, as often as it is entered: a graph that is kept is replayed by every backward.
-
-    `__init__` runs in every thread that enters it, for several may replay one forward at once.
-    """
-
-    def __init__(self, snapshots: list[tuple[TaskRouter, Routing]], replay: bool) -> None:
-        self.snapshots = snapshots
-        self.replay = replay
-        self.entered: list[ExitStack] = []
-
-    def __enter__(self) -> None:
-        with ExitStack() as stack:
-            for router, routing in self.snapshots:
-                stack.enter_context(router.using(routing))
-            if self.replay:
-                stack.enter_context(_replay_flag())
-            self.entered.append(stack.pop_all())
-
-    def __exit__(self, *error: Any) -> None:
-        self.entered.pop().__exit__(*error)
-
-
-@contextmanager
-def _replay_flag() -> Iterator[None]:
-    previous, _REPLAY.active = _REPLAY.active, True
-    try:
-        yield
-    finally:
-        _REPLAY.active = previous

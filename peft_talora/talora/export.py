@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..msam.adapter import is_msam
-from ..routing.router import task_index
+from ..routing.requests import task_index
 from ..saving.directory import written_aside
 from .layer import TALoraLinear
 

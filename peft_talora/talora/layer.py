@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
 from ..msam.frozen import FrozenParameter
 from ..routing.checkpointing import in_backward
 from ..routing.mixed_batch import by_sample, samples_of
-from ..routing.router import TaskRouter, replaying
-from ..tuner.layer import PluginLayer
+from ..routing.replay import replaying
+from ..routing.router import TaskRouter
 from ..tuner.low_rank import add_product
 from .config import TALoraConfig
 from .init import fill_factors
+from .merging import MergingLayer
 from .own_row import OwnRows, share_state
 
 
-class TALoraLayer(PluginLayer):
+class TALoraLayer(MergingLayer):
     """The factors of TA-LoRA for one linear layer, and what PEFT does with every tuner layer."""
 
     # All names of layers that may contain (trainable) adapter weights
@@ -30,8 +29,7 @@ class TALoraLayer(PluginLayer):
     other_param_names = ("r_in", "r_out", "r_task", "scaling", "talora_dropout", "enable_qkv", "ortho_reg_weight")
 
     def __init__(self, base_layer: nn.Module, task_router: TaskRouter, **kwargs: Any) -> None:
-        super().__init__(base_layer, **kwargs)
-        self.task_router = task_router
+        super().__init__(base_layer, task_router, **kwargs)
         self.r_in: dict[str, int] = {}
         self.r_out: dict[str, int] = {}
         self.r_task: dict[str, int] = {}
@@ -43,8 +41,6 @@ class TALoraLayer(PluginLayer):
         share_state(self)
         # the one task that the layer belongs to, whatever the forward is for; None outside of the decoders of an mSAM
         self.own_task: str | None = None
-        # the task that each merged adapter was merged for
-        self.merged_tasks: dict[str, int] = {}
 
     @property
     def is_task_aware(self) -> bool:
@@ -55,7 +51,7 @@ class TALoraLayer(PluginLayer):
     def task_of(self, adapter_name: str) -> int | torch.Tensor:
         """The index of the layer's task now, or of each sample's task, a LongTensor (B,)."""
         if self.own_task is None:
-            return self.task_router.task_of(adapter_name)
+            return super().task_of(adapter_name)
         return self.task_router.tasks[adapter_name].index(self.own_task)
 
     def update_layer(self, adapter_name: str, config: TALoraConfig, name: str = "") -> None:
@@ -200,7 +196,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
-            self._check_merged_tasks()
+            self.check_merged_tasks()
             return self.base_layer(x, *args, **kwargs)
 
         result = self.base_result(x, *args, **kwargs)
@@ -281,23 +277,6 @@ class TALoraLinear(nn.Module, TALoraLayer):
                 "context_fn=peft_talora.checkpoint_context` to torch.utils.checkpoint.checkpoint."
             )
 
-    def _check_merged_tasks(self) -> None:
-        """Refuse a forward for another task than the one in the merged weights."""
-        for adapter_name in self.merged_adapters:
-            tasks = self.task_router.tasks[adapter_name]
-            merged, wanted = self.merged_tasks[adapter_name], self.task_of(adapter_name)
-            if isinstance(wanted, torch.Tensor):
-                if torch.compiler.is_compiling():
-                    continue
-                other = [tasks[i] for i in wanted.unique().tolist() if i != merged]
-            else:
-                other = [tasks[wanted]] if wanted != merged else []
-            if other:
-                raise ValueError(
-                    f"The adapter '{adapter_name}' is merged for the task '{tasks[merged]}', but the forward is for "
-                    f"{other}. Call unmerge_adapter() first, or use the task '{tasks[merged]}'."
-                )
-
     def get_delta_weight(self, adapter: str, task: int | None = None) -> torch.Tensor:
         """dW_t (k, d) of an adapter, for the task index `task`, or its active task, or the only task of the layer.
 
@@ -313,76 +292,6 @@ class TALoraLinear(nn.Module, TALoraLayer):
         if U1.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             U1, U2, core = U1.float(), U2.float(), core.float()
         return (U2 @ (U1 @ core).T).to(dtype)
-
-    def tasks_to_merge(self, adapter_names: list[str] | None = None) -> dict[str, int]:
-        """The task of each of the adapters (all active ones when None) that [`merge`] would merge.
-
-        Raises:
-            ValueError: There is one task per sample, or the adapter is merged for another task already.
-        """
-        tasks: dict[str, int] = {}
-        for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
-            if adapter_name not in self.talora_G:
-                continue
-            task = self.task_of(adapter_name)
-            if isinstance(task, torch.Tensor):
-                raise ValueError("Only one task can be merged: leave use_task(...) with one task per sample first.")
-            merged = self.merged_tasks.get(adapter_name, task)
-            if merged != task:
-                names = self.task_router.tasks[adapter_name]
-                raise ValueError(
-                    f"The adapter '{adapter_name}' is merged for the task '{names[merged]}' already. Call "
-                    f"unmerge_adapter() before it is merged for '{names[task]}'."
-                )
-            tasks[adapter_name] = task
-        return tasks
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge the active task's update of the active adapters into the base weight.
-
-        Args:
-            safe_merge: Check the merged weight for NaN and infinity before it replaces the base weight.
-            adapter_names: The adapters to merge; all active ones when None.
-        """
-        if safe_merge:
-            self.check_merged_weight(adapter_names)
-        tasks = self.tasks_to_merge(adapter_names)
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in tasks:
-                continue
-            task = tasks[adapter_name]
-            base_weight = self.get_base_weight()
-            self.set_base_weight(base_weight + self.get_delta_weight(adapter_name, task).to(base_weight.dtype))
-            self.merged_adapters.append(adapter_name)
-            self.merged_tasks[adapter_name] = task
-
-    def check_merged_weight(self, adapter_names: list[str] | None = None) -> None:
-        """Refuse to merge the adapters (all active ones when None) where NaN or infinity would come of it; nothing changes.
-
-        Raises:
-            ValueError: The message names the adapter.
-        """
-        merged = self.get_base_weight()
-        for adapter_name, task in self.tasks_to_merge(adapter_names).items():
-            if adapter_name not in self.merged_adapters:
-                merged = merged + self.get_delta_weight(adapter_name, task).to(merged.dtype)
-                if not torch.isfinite(merged).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-                    )
-
-    def unmerge(self) -> None:
-        """Take all merged updates out of the base weight."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        while self.merged_adapters:
-            adapter_name = self.merged_adapters.pop()
-            task = self.merged_tasks.pop(adapter_name)
-            if adapter_name in self.talora_G:
-                base_weight = self.get_base_weight()
-                delta = self.get_delta_weight(adapter_name, task).to(base_weight.dtype)
-                self.set_base_weight(base_weight - delta)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert the adapter: one LoRA holds one task. `task_to_lora` converts any task exactly."""

@@ -13,7 +13,8 @@ from torch import nn
 from ..msam.adapter import is_msam, task_of_module
 from ..routing.hooks import add_task_hook, remove_task_hook
 from ..routing.mixed_batch import check_adapter_names, route_adapters, saved_modules_use
-from ..routing.router import TaskRequest, TaskRouter, find_routers, set_task, task_index, use_task
+from ..routing.requests import TaskRequest, task_index
+from ..routing.router import TaskRouter, find_routers, set_task, use_task
 from ..routing.signature import hide_task_ids, show_task_ids
 from ..tuner.model import PluginTuner
 from .config import TALoraConfig
