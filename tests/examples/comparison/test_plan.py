@@ -1,0 +1,128 @@
+"""Which runs a comparison makes."""
+
+import compare as script
+import pytest
+import training.options
+from comparison import one_run
+from comparison.plan import METHODS, Amount, Entry, Plan, count_parameters, matching_ranks, split_common
+
+import peft_talora as pt
+
+TASKS = ("depth", "normals")
+
+
+def option(job, name):
+    return job.arguments[job.arguments.index(name) + 1]
+
+
+class TestPlan:
+    plan = Plan("out", TASKS, {"talora": 4})
+
+    def test_every_number_has_a_folder_of_its_own(self, tmp_path):
+        plan, folders = Plan(tmp_path, TASKS, {}), []
+        for entry in (*map(Entry, METHODS), Entry("talora", 8), Entry("lora", 8)):
+            for rate in (1e-3, 1e-4):
+                for amount in (Amount(16), Amount(64), Amount(16, one_task_each=True)):
+                    for cell in ((0, "test"), (1, "test"), (0, "validation"), (0, "test", 2)):
+                        folders += [j.folder for j in plan.jobs(entry, {entry.name: rate}, amount, *cell).values()]
+        # one LoRA per task has two
+        assert len(folders) == len(set(folders)) == (len(METHODS) + 2 + 2) * 2 * 3 * 4
+
+    def test_arguments(self, tmp_path):
+        plan = Plan(tmp_path, TASKS, {"talora": 4}, ("--steps", "7"))
+        rates = {"decoder": 0.02, "talora": 0.03, "full": 0.04, "lora_per_task": 0.05}
+        (job,) = plan.jobs(Entry("talora"), rates, Amount(16, one_task_each=True), 5, "validation").values()
+        expected = {"--method": "talora", "--seed": "5", "--num-train": "16", "--evaluate-on": "validation", "--steps": "7",
+                    "--decoder-lr": "0.02", "--lr": "0.03", "--rank": "4", "--one-task-each": "depth", "--tasks": "depth"}  # fmt: skip
+        assert {name: option(job, name) for name in expected} == expected
+        assert job.arguments[-2:] == TASKS
+        (job,) = plan.jobs(Entry("full"), rates, Amount(16), 5).values()
+        assert option(job, "--lr") == option(job, "--norm-lr") == "0.04" and "--rank" not in job.arguments
+        assert "--targets" not in job.arguments
+        (job,) = plan.jobs(Entry("talora", 8), rates, Amount(16), 5).values()
+        assert option(job, "--rank") == "8" and option(job, "--targets") == "qkv" and option(job, "--layers") == "all"
+        (job,) = plan.jobs(Entry("talora_last_half"), {"talora_last_half": 0.1}, Amount(16), 5).values()
+        assert option(job, "--layers") == "last-half" and option(job, "--method") == "talora"
+        (job,) = plan.jobs(Entry("lora_all"), {"lora_all": 0.1}, Amount(16), 5).values()
+        assert option(job, "--targets") == "all" and option(job, "--lr") == "0.1"
+        parts = plan.jobs(Entry("lora_per_task"), rates, Amount(16), 5)
+        assert [(task, job.arguments[-2:]) for task, job in parts.items()] == [(t, ("--tasks", t)) for t in TASKS]
+
+    def test_images_labelled_for_one_task_are_seen_as_often_in_one_model_as_in_several(self, tmp_path):
+        plan, amount = Plan(tmp_path, TASKS, {}, steps=7), Amount(16, one_task_each=True)
+        (joint,) = plan.jobs(Entry("lora"), {"lora": 0.1}, amount, 0).values()
+        own = plan.jobs(Entry("lora_per_task"), {"lora_per_task": 0.1}, amount, 0)
+        assert option(joint, "--steps") == "14" and all("--steps" not in job.arguments for job in own.values())
+
+    def test_ranks_with_as_many_parameters(self, base):
+        # two layers of 32 -> 96: LoRA has 128 r, TA-LoRA 128 r + r r 4 and 4 for each task
+        config = pt.msam.loading.load_sam(base).config.vision_config
+        width, tasks = config.hidden_size, ("a", "b", "c")
+        talora = 4 * width * 16 + 16 * 16 * 4 + 3 * 4
+        ranks = matching_ranks(base, 16, tasks)
+        assert ranks["talora"] == 16 and ranks["convlora"] == 3 and not {"decoder", "full"} & set(ranks)
+        assert ranks["lora"] == round(talora / (4 * width)) and ranks["lora_per_task"] == round(
+            talora / (4 * width) / 3
+        )
+        target = config.num_hidden_layers * talora
+        for name in ranks.keys() - {"convlora"}:
+            counts = [
+                count_parameters(config, METHODS[name], tasks, rank)
+                for rank in range(ranks[name] - 1, ranks[name] + 2)
+                if rank
+            ]
+            nearest = count_parameters(config, METHODS[name], tasks, ranks[name])
+            assert abs(nearest - target) == min(abs(number - target) for number in counts), name
+
+    @pytest.mark.parametrize("text", ["magic", "talora:0", "talora:x", "talora:"])
+    def test_impossible_methods(self, text, capsys):
+        with pytest.raises(SystemExit):
+            script.parse_args(["--methods", text])
+        assert text.partition(":")[0] in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [
+            (["--seed", "7"], "--seed"),
+            (["--seed=7"], "--seed"),
+            (["--see", "7"], "--seed"),
+            (["--method=lora"], "--method"),
+            (["--meth", "lora"], "--method"),
+            (["--evaluate-on=validation"], "--evaluate-on"),
+            (["--evaluate", "validation"], "--evaluate-on"),
+            (["--one-task-each", "depth"], "--one-task-each"),
+            (["--lr=0.1"], "--lr"),
+            (["--targets", "all"], "--targets"),
+            (["--layers", "last-half"], "--layers"),
+            (["--decoder-l", "0.1"], "--decoder-lr"),
+            (["--steps", "3", "--output-d", "x", "--resume", "latest"], "--resume"),
+            (["--num-tr", "3"], "--max-train-images"),
+        ],
+    )
+    def test_what_is_varied_cannot_be_given(self, arguments, name, capsys):
+        with pytest.raises(SystemExit) as error:
+            script.parse_args(arguments)
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and message.count("\n") == 1
+        assert f"{name} is what this script varies or decides" in message
+
+    @pytest.mark.parametrize(
+        "arguments", [["--stepz", "3"], ["--steps", "no"], ["--camera", "photo", "--dataset", "x"]]
+    )
+    def test_mistakes_in_options_of_the_training_script_are_told_before_a_run(self, arguments, capsys):
+        with pytest.raises(SystemExit) as error:
+            script.parse_args(arguments)
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and message.count("\n") == 1 and message.startswith("compare.py: error: ")
+
+    @pytest.mark.parametrize("start", [["--init-weights", "lora"], ["--init-weights=lora"], ["--init-w", "lora"]])
+    def test_what_only_one_method_takes_goes_to_its_runs(self, tmp_path, start):
+        args, rest = script.parse_args([*start, "--steps", "7"])
+        common, special = split_common(rest, args.training)
+        assert common == ("--steps", "7")
+        plan = Plan(tmp_path, TASKS, {}, common, 7, special)
+        for name in METHODS:
+            arguments = next(iter(plan.jobs(Entry(name), {name: 0.1}, Amount(8), 0).values())).arguments
+            assert ("--init-weights" in arguments) == (METHODS[name].method == "talora")
+            assert one_run.make_parser().parse_known_args(arguments)[1]
+            training.options.parse_args(one_run.make_parser().parse_known_args(arguments)[1])
