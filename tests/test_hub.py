@@ -39,6 +39,7 @@ from peft_talora import (
 )
 from peft_talora import hub as hub_module
 from peft_talora.saving import directory as files_module
+from peft_talora.saving import loading
 
 ROOT = Path(__file__).parents[1]
 # in no alphabetical order
@@ -663,7 +664,7 @@ class TestRefusedDirectories:
         with pytest.raises(FileNotFoundError, match=r"There is no folder 'runs/mutlitask'.* from the Hub either: "):
             FROM_ADAPTER("runs/mutlitask")
         # what can be no name on the Hub is not looked for there
-        monkeypatch.setattr(hub_module, "snapshot_download", None)
+        monkeypatch.setattr(loading, "snapshot_download", None)
         for path in (tmp_path / "missing", "./runs/mutlitask", "runs/rooms/mutlitask"):
             with pytest.raises(FileNotFoundError, match=f"There is no folder '{path}'; it is no name of an adapter"):
                 FROM_ADAPTER(path)
