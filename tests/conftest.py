@@ -6,6 +6,7 @@ import traceback
 # the models here are so small that a second thread only waits, in the processes that tests start, too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import huggingface_hub.constants
 import pytest
 import torch
 from small_models import make_sam
@@ -48,3 +49,17 @@ def sam_factory():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def sam_path(sam, tmp_path):
+    """A SAM's checkpoint."""
+    sam.save_pretrained(tmp_path / "sam")
+    return tmp_path / "sam"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network, whatever the environment says."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

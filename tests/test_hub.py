@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import os
 import shutil
 import subprocess
@@ -14,25 +13,15 @@ import huggingface_hub.constants
 import pytest
 import torch
 from peft import (
-    AutoPeftModel,
-    BOFTConfig,
-    IA3Config,
-    LNTuningConfig,
-    LoHaConfig,
-    LoraConfig,
     PeftModel,
-    VeraConfig,
     get_peft_model,
 )
-from safetensors.torch import load_file, save_file
-from small_models import move_saved_modules
-from torch import nn
+from small_adapters import TASKS, assert_same, lora, make, predict, talora
 
 from peft_talora import (
     MSamForMultiTask,
     TALoraConfig,
     TaskSpec,
-    default_modules_to_save,
     load_adapter,
     push_adapter,
     save_adapter,
@@ -41,75 +30,13 @@ from peft_talora import hub as hub_module
 from peft_talora.saving import directory as files_module
 
 ROOT = Path(__file__).parents[1]
-# in no alphabetical order
-TASKS = {
-    "semantic": TaskSpec("semantic", num_channels=3, class_names=["wall", "floor", "door"]),
-    "depth": TaskSpec("depth", weight=0.5),
-    "a_normals": TaskSpec("normals"),
-}
 FROM_ADAPTER = MSamForMultiTask.from_adapter
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def sam_path(sam, tmp_path):
-    sam.save_pretrained(tmp_path / "sam")
-    return tmp_path / "sam"
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture
 def pixels():
     return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-
-
-def talora(msam, **changes):
-    return TALoraConfig(**{"r": 3, "r_task": 2, "init_weights": False, **changes})
-
-
-def lora(msam):
-    modules_to_save = default_modules_to_save(msam)
-    return LoraConfig(r=2, target_modules=["qkv"], modules_to_save=modules_to_save, init_lora_weights=False)
-
-
-def make(sam, make_config=talora, tasks=None, image_size=48, **changes):
-    """A tuned mSAM in which everything that is saved differs from its SAM."""
-    msam = MSamForMultiTask.from_sam(sam, tasks or TASKS, image_size=image_size)
-    model = get_peft_model(msam, make_config(msam, **changes)).eval()
-    return move_saved_modules(model)
-
-
-@torch.no_grad()
-def predict(model, pixels, **kwargs):
-    return model(pixels, **kwargs).logits
-
-
-def assert_same(got, expected):
-    assert list(got) == list(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4)
-
-
-def rewrite(directory, change):
-    """Change the saved tensors in place."""
-    path = directory / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def edit_json(path, change):
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def some_key(tensors, part):
-    return next(key for key in sorted(tensors) if part in key)
 
 
 class TestPeftsOwnSaveIsEnough:
@@ -254,128 +181,6 @@ class TestArguments:
             assert_same(predict(model.eval(), pixels), expected)
 
 
-class TestReading:
-    @pytest.fixture
-    def path(self, sam_path, tmp_path):
-        return save_adapter(make(sam_path), tmp_path / "adapter")
-
-    @pytest.fixture
-    def events(self):
-        """What happens to files, `(event, path, ...)`, while the test runs."""
-        seen, active = [], True
-
-        def hook(event, args):
-            if active and (event == "open" or event.startswith("os.")):
-                seen.append((event, *map(str, args)))
-
-        sys.addaudithook(hook)  # for good
-        yield seen
-        active = False
-
-    @pytest.mark.parametrize("is_trainable", [False, True])
-    def test_every_file_once(self, path, sam, events, is_trainable):
-        FROM_ADAPTER(path, base_model=sam, is_trainable=is_trainable)
-        opened = [name for event, name, *_ in events if event == "open"]
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert opened.count(str(path / name)) == 1, opened
-
-    @pytest.mark.parametrize("moved", [[], ["adapter_config.json"]])
-    def test_nothing_is_written(self, path, sam_path, sam, pixels, events, moved):
-        """Not even where a save was interrupted: the folder may be read-only."""
-        second = make(sam_path, scaling=2.0)
-        pending = save_adapter(second, path / files_module.PENDING)
-        for name in moved:
-            (pending / name).rename(path / name)
-        events.clear()
-        loaded = FROM_ADAPTER(path, base_model=sam)
-        touched = [event for event in events if event[1].startswith(str(path))]
-        assert {event for event, *_ in touched} <= {"open", "os.listdir", "os.scandir"}
-        assert {mode for event, _, mode, *_ in touched if event == "open"} == {"r"}
-        assert_same(predict(loaded, pixels), predict(second, pixels))
-
-    def test_beside_a_writer(self, path, sam_path, sam, pixels, monkeypatch):
-        """Another save comes between the two files."""
-        second = make(sam_path, scaling=2.0)
-        read_bytes, calls = Path.read_bytes, []
-
-        def read(file):
-            calls.append(file.name)
-            if len(calls) == 1:
-                content = read_bytes(file)
-                save_adapter(second, path)
-                return content
-            return read_bytes(file)
-
-        monkeypatch.setattr(Path, "read_bytes", read)
-        loaded = FROM_ADAPTER(path, base_model=sam)
-        assert_same(predict(loaded, pixels), predict(second, pixels))
-
-    def test_every_number_is_looked_at_once(self, path, sam, monkeypatch):
-        looked_at, isfinite = [], torch.isfinite
-        monkeypatch.setattr(torch, "isfinite", lambda value: (looked_at.append(value.shape), isfinite(value))[1])
-        FROM_ADAPTER(path, base_model=sam)
-        assert len(looked_at) == len([t for t in load_file(path / "adapter_model.safetensors").values() if t.numel()])
-
-
-class TestWhatCouldNotBeLoadedAgain:
-    """The other tuners of PEFT on an mSAM, and uses of LoRA that go wrong: loaded as saved, or not saved."""
-
-    def config(self, kind, msam):
-        saved = {"modules_to_save": default_modules_to_save(msam)}
-        return {
-            "loha": lambda: LoHaConfig(r=2, target_modules=["qkv"], **saved),
-            "ia3": lambda: IA3Config(target_modules=["qkv"], feedforward_modules=[], **saved),
-            "vera": lambda: VeraConfig(r=2, target_modules=["qkv"], save_projection=False, **saved),
-            "norms": lambda: LNTuningConfig(target_modules=["layer_norm1"], modules_to_save=["mask_decoders.depth"]),
-            "dora": lambda: LoraConfig(r=2, target_modules=["qkv"], use_dora=True, **saved),
-            "biases": lambda: LoraConfig(r=2, target_modules=["qkv"], bias="all", **saved),
-            "pissa": lambda: LoraConfig(r=2, target_modules=["qkv"], init_lora_weights="pissa", **saved),
-            "boft": lambda: BOFTConfig(boft_block_size=4, target_modules=["qkv"], **saved),
-            "by chance": lambda: LoraConfig(r=2, target_modules=["qkv"], init_lora_weights="pissa_niter_2", **saved),
-            "nested": lambda: TALoraConfig(r=2, modules_to_save=["mask_decoders.depth", "layer_norm1"]),
-        }[kind]()
-
-    def tuned(self, sam, kind):
-        msam = MSamForMultiTask.from_sam(sam, TASKS, image_size=48)
-        model = move_saved_modules(get_peft_model(msam, self.config(kind, msam)))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and "modules_to_save" not in name:
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-        return model.eval()
-
-    @pytest.mark.parametrize("kind", ["loha", "ia3", "vera", "norms", "dora", "biases", "pissa"])
-    def test_saved_and_loaded(self, sam, pixels, tmp_path, kind):
-        model = self.tuned(sam, kind)
-        save_adapter(model, tmp_path / "adapter")
-        assert_same(predict(FROM_ADAPTER(tmp_path / "adapter", base_model=sam), pixels), predict(model, pixels))
-
-    @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize(
-        ("kind", "message"),
-        [
-            (
-                "boft",
-                r"not saved: .*/adapter/adapter_config\.json describes no adapter that PEFT can put on an MSamFor",
-            ),
-            ("by chance", "init_lora_weights='pissa_niter_2' changed the SAM's own weights"),
-            ("nested", r"not saved: .*/adapter/adapter_model\.safetensors cannot be loaded .*layer_norm1"),
-        ],
-    )
-    def test_refused(self, sam, tmp_path, kind, message):
-        model = self.tuned(sam, kind)
-        with pytest.raises(ValueError, match=message):
-            save_adapter(model, tmp_path / "adapter")
-        assert not list(tmp_path.iterdir())
-
-    def test_two_active_adapters(self, sam, tmp_path):
-        model = make(sam, modules_to_save=[])
-        model.add_adapter("second", talora(None, modules_to_save=[]))
-        model.base_model.set_adapter(["default", "second"])
-        with pytest.raises(ValueError, match=r"One adapter is saved, but \['default', 'second'\] are active"):
-            save_adapter(model, tmp_path / "adapter")
-
-
 class TestSaveAdapter:
     @pytest.mark.parametrize("make_config", [talora, lora])
     def test_round_trip(self, sam, sam_path, pixels, tmp_path, make_config):
@@ -469,71 +274,6 @@ class TestSaveAdapter:
         with pytest.raises(TypeError, match="one around a SamModel"):
             save_adapter(model, tmp_path / "adapter")
         assert not list(tmp_path.iterdir())
-
-
-class TestChecksums:
-    @pytest.fixture
-    def path(self, sam, tmp_path):
-        return save_adapter(make(sam, scaling=0.5), tmp_path / "adapter")
-
-    def test_a_changed_weight(self, path, sam, pixels):
-        before = predict(FROM_ADAPTER(path, base_model=sam), pixels)
-        rewrite(path, lambda tensors: tensors[some_key(tensors, "talora_U1")].add_(1.0))
-        with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not as it was saved.*verify=False"):
-            FROM_ADAPTER(path, base_model=sam)
-        after = predict(FROM_ADAPTER(path, base_model=sam, verify=False), pixels)
-        assert (after["depth"] - before["depth"]).abs().max() > 1e-3
-
-    def test_a_configuration_edited_by_hand(self, path, sam):
-        """It has no checksum: it loads where its values fit the weights."""
-        edit_json(
-            path / "adapter_config.json", lambda values: values.update(scaling=0.7, talora_dropout=0.25, note="mine")
-        )
-        with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['note'\]"):
-            config = FROM_ADAPTER(path, base_model=sam).peft_config["default"]
-        assert (config.scaling, config.talora_dropout) == (0.7, 0.25)
-
-    @pytest.mark.parametrize(
-        "changes", [{"r_task": 3}, {"r": 10**9}, {"r_in": 4}, {"enable_qkv": [True, True, False]}]
-    )
-    def test_one_that_does_not_fit(self, path, sam, changes):
-        edit_json(path / "adapter_config.json", lambda values: values.update(changes))
-        with pytest.raises(ValueError, match=r"tensor '.*talora_(G|U2)' has another shape"):
-            FROM_ADAPTER(path, base_model=sam)
-
-    def test_beside_a_stock_lora(self, sam, tmp_path):
-        path = save_adapter(make(sam, lora), tmp_path / "adapter")
-        edit_json(path / "adapter_config.json", lambda values: values.update(lora_alpha=3))
-        assert FROM_ADAPTER(path, base_model=sam).peft_config["default"].lora_alpha == 3
-        rewrite(path, lambda tensors: tensors[some_key(tensors, "lora_A")].add_(1.0))
-        with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not as it was saved"):
-            FROM_ADAPTER(path, base_model=sam)
-
-    def test_the_base_may_move(self, path, sam_path):
-        edit_json(path / "adapter_config.json", lambda values: values.update(base_model_name_or_path=str(sam_path)))
-        FROM_ADAPTER(path)
-
-    @pytest.mark.parametrize("make_config", [talora, lora])
-    def test_of_an_older_version(self, sam, pixels, tmp_path, make_config):
-        model = make(sam, make_config)
-        path = save_adapter(model, tmp_path / "adapter")
-        for name in {"adapter_config.json", "msam.json"} & {file.name for file in path.iterdir()}:
-            edit_json(path / name, forget_what_is_new)
-        assert_same(predict(FROM_ADAPTER(path, base_model=sam), pixels), predict(model, pixels))
-
-    @pytest.mark.parametrize("make_config", [talora, lora])
-    @pytest.mark.parametrize("verify", [True, False])
-    def test_of_a_newer_version(self, sam, tmp_path, make_config, verify):
-        path = save_adapter(make(sam, make_config), tmp_path / "adapter")
-        file = path / ("msam.json" if make_config is lora else "adapter_config.json")
-        edit_json(file, lambda values: values["saved_by"].update(format=2))
-        with pytest.raises(ValueError, match=rf"{file.name} was saved in format 2.*Upgrade peft_talora"):
-            FROM_ADAPTER(path, base_model=sam, verify=verify)
-
-
-def forget_what_is_new(values):
-    values.pop("saved_by", None)
-    values.get("msam", values).pop("base", None)
 
 
 def cache(folder, hub_id, directory):
@@ -651,198 +391,3 @@ class TestPush:
         names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
         assert {file.name for file in uploaded.iterdir()} == names
         assert_same(predict(FROM_ADAPTER(uploaded, base_model=sam), pixels), predict(model, pixels))
-
-
-class TestRefusedDirectories:
-    def test_no_adapter_in_it(self, tmp_path, sam_path):
-        for path in (tmp_path, sam_path):
-            with pytest.raises(FileNotFoundError, match=rf"'{path}' is no saved adapter: .*adapter_config\.json"):
-                FROM_ADAPTER(path)
-
-    def test_a_missing_path(self, tmp_path, monkeypatch):
-        with pytest.raises(FileNotFoundError, match=r"There is no folder 'runs/mutlitask'.* from the Hub either: "):
-            FROM_ADAPTER("runs/mutlitask")
-        # what can be no name on the Hub is not looked for there
-        monkeypatch.setattr(hub_module, "snapshot_download", None)
-        for path in (tmp_path / "missing", "./runs/mutlitask", "runs/rooms/mutlitask"):
-            with pytest.raises(FileNotFoundError, match=f"There is no folder '{path}'; it is no name of an adapter"):
-                FROM_ADAPTER(path)
-
-    def test_a_file(self, sam, tmp_path):
-        path = save_adapter(make(sam), tmp_path / "adapter") / "adapter_model.safetensors"
-        with pytest.raises(FileNotFoundError, match=f"'{path}' is a file"):
-            FROM_ADAPTER(path)
-
-    def test_pickled_weights(self, sam, tmp_path):
-        path = save_adapter(make(sam), tmp_path / "adapter")
-        torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
-        (path / "adapter_model.safetensors").unlink()
-        with pytest.raises(
-            FileNotFoundError, match=r"no adapter_model\.safetensors\. Its adapter_model\.bin is not read"
-        ):
-            FROM_ADAPTER(path, base_model=sam)
-
-    def test_an_adapter_of_another_model(self, sam, tmp_path):
-        for config in (LoraConfig(target_modules=["qkv"]), TALoraConfig(tasks=["a", "b"], r=2)):
-            get_peft_model(copy.deepcopy(sam), config).save_pretrained(tmp_path)
-            with pytest.raises(ValueError, match="not one of an MSamForMultiTask"):
-                FROM_ADAPTER(tmp_path, base_model=sam)
-
-    def test_a_broken_configuration(self, sam, tmp_path):
-        path = save_adapter(make(sam), tmp_path / "adapter")
-        config = path / "adapter_config.json"
-        good = config.read_text()
-        for text in (good[:50], good.replace('"TALORA"', '"UNKNOWN"')):
-            config.write_text(text)
-            with pytest.raises(ValueError, match=r"adapter_config\.json cannot be read"):
-                FROM_ADAPTER(path, base_model=sam)
-
-    @pytest.mark.parametrize("make_config", [talora, lora])
-    def test_broken_msam_fields(self, sam, tmp_path, make_config):
-        path = save_adapter(make(sam, make_config), tmp_path / "adapter")
-        file = path / ("msam.json" if make_config is lora else "adapter_config.json")
-        edit_json(file, lambda values: values.get("msam", values).pop("image_size"))
-        with pytest.raises(ValueError, match=f"{file.name}.*image_size"):
-            FROM_ADAPTER(path, base_model=sam)
-
-
-class TestRefusedWeights:
-    @pytest.fixture
-    def path(self, sam, tmp_path):
-        return save_adapter(make(sam), tmp_path / "adapter")
-
-    def refuse(self, path, sam, message):
-        base = MSamForMultiTask.from_sam(sam, TASKS, image_size=48)
-        names = [name for name, _ in base.named_modules()]
-        with pytest.raises(ValueError, match=message):
-            FROM_ADAPTER(path, base_model=base)
-        # a refused adapter leaves nothing in the model it was meant for
-        assert [name for name, _ in base.named_modules()] == names
-
-    @pytest.mark.parametrize("part", ["talora_U3", "mask_decoders.depth", "no_mask_embeds.a_normals", "layer_norm1"])
-    def test_a_missing_tensor(self, path, sam, part):
-        rewrite(path, lambda tensors: tensors.pop(some_key(tensors, part)))
-        # without U3 not even the number of tasks is known: that is told as damage
-        self.refuse(path, sam, rf"the tensor '.*{part}.*' is missing|is not as it was saved")
-
-    def test_an_unexpected_tensor(self, path, sam):
-        rewrite(path, lambda tensors: tensors.update({"base_model.model.vision_encoder.extra": torch.zeros(2)}))
-        self.refuse(path, sam, "the tensor '.*extra' does not belong to the model")
-
-    @pytest.mark.parametrize("part", ["talora_G", "no_mask_embeds.semantic"])
-    def test_a_wrong_shape(self, path, sam, part):
-        def cut(tensors):
-            key = some_key(tensors, part)
-            tensors[key] = tensors[key][1:].clone()
-
-        rewrite(path, cut)
-        self.refuse(path, sam, rf"the tensor '.*{part}.*' has another shape")
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_what_is_not_finite(self, path, sam, value):
-        def spoil(tensors):
-            tensors[some_key(tensors, "talora_U2")][0, 0] = value
-
-        rewrite(path, spoil)
-        self.refuse(path, sam, "the tensor '.*talora_U2' is not finite")
-
-    @pytest.mark.parametrize("keep", [0, 7, 1000, -1])
-    def test_a_truncated_file(self, path, sam, keep):
-        file = path / "adapter_model.safetensors"
-        file.write_bytes(file.read_bytes()[:keep])
-        self.refuse(path, sam, r"adapter_model\.safetensors is damaged")
-
-
-class TestRefusedBases:
-    @pytest.fixture
-    def path(self, sam, tmp_path):
-        return save_adapter(make(sam), tmp_path / "adapter")
-
-    @pytest.mark.parametrize(
-        "tasks",
-        [
-            {"depth": TaskSpec("depth", weight=0.5)},
-            {name: TASKS[name] for name in ("depth", "semantic", "a_normals")},
-            {**TASKS, "depth": TaskSpec("binary")},
-        ],
-    )
-    def test_other_tasks(self, path, sam, tasks):
-        with pytest.raises(ValueError, match=r"The adapter's task(s are| 'depth' is) .*th(ose|at) of the base model"):
-            FROM_ADAPTER(path, base_model=MSamForMultiTask.from_sam(sam, tasks, image_size=48))
-
-    def test_another_image_size(self, path, sam):
-        with pytest.raises(ValueError, match="trained with image_size=48, the base model has 32"):
-            FROM_ADAPTER(path, base_model=MSamForMultiTask.from_sam(sam, TASKS))
-
-    def test_other_tasks_in_the_configuration_than_in_the_model(self, path, sam):
-        edit_json(path / "adapter_config.json", lambda values: values["tasks"].reverse())
-        with pytest.raises(
-            ValueError, match=r"\['a_normals', 'depth', 'semantic'\].*\['semantic', 'depth', 'a_normals'\]"
-        ):
-            FROM_ADAPTER(path, base_model=sam)
-
-    @pytest.mark.parametrize(
-        ("sizes", "message"),
-        [
-            ({"hidden_size": 24}, "that has hidden_size=16, .* has hidden_size=24"),
-            ({"num_hidden_layers": 4}, "that has num_hidden_layers=3, .* has num_hidden_layers=4"),
-            # the same shapes, and another encoder
-            ({"num_attention_heads": 4}, "that has num_attention_heads=2, .* has num_attention_heads=4"),
-            (
-                {"global_attn_indexes": [0], "window_size": 4},
-                r"that has window_size=3, global_attn_indexes=\[1\], .* has window_size=4, global_attn_indexes=\[0\]",
-            ),
-        ],
-    )
-    def test_a_sam_of_other_sizes(self, path, sam_factory, sizes, message):
-        other = sam_factory(**sizes)
-        other.name_or_path = "other/sam"
-        with pytest.raises(
-            ValueError, match=f"trained on another SAM: {message.replace(', .*', ', the base model .other/sam.')}"
-        ):
-            FROM_ADAPTER(path, base_model=other)
-        # through PEFT, too
-        with pytest.raises(ValueError, match=message):
-            PeftModel.from_pretrained(MSamForMultiTask.from_sam(other, TASKS, image_size=48), path)
-
-    def test_a_sam_of_other_sizes_and_an_older_adapter(self, path, sam_factory):
-        edit_json(path / "adapter_config.json", forget_what_is_new)
-        with pytest.raises(ValueError, match=r"has another shape than in the model: .*16.*, expected .*24"):
-            FROM_ADAPTER(path, base_model=sam_factory(hidden_size=24))
-        with pytest.raises(ValueError, match=r"layers\.3\..* is missing"):
-            FROM_ADAPTER(path, base_model=sam_factory(num_hidden_layers=4))
-
-    def test_a_sam_of_another_name_is_a_warning(self, sam, tmp_path, recwarn):
-        sam.name_or_path = "somebody/sam"
-        path = save_adapter(make(sam), tmp_path / "adapter")
-        sam.name_or_path = str(tmp_path)  # a copy of it
-        FROM_ADAPTER(path, base_model=sam)
-        assert not [warning for warning in recwarn if "trained on" in str(warning.message)]
-        sam.name_or_path = "somebody/other-sam"
-        with pytest.warns(UserWarning, match="trained on 'somebody/sam', the base model is 'somebody/other-sam'"):
-            FROM_ADAPTER(path, base_model=sam)
-
-    def test_other_tasks_through_peft(self, path, sam):
-        reverse = {name: TASKS[name] for name in reversed(TASKS)}
-        for tasks, size in ((reverse, 48), (TASKS, 32)):
-            with pytest.raises(ValueError, match=r"tasks of the adapter, \['sem.*\['a_norm|image_size=48, .* has 32"):
-                PeftModel.from_pretrained(MSamForMultiTask.from_sam(sam, tasks, image_size=size), path)
-
-    def test_neither_sam_nor_msam(self, path, sam):
-        for base in (nn.Linear(2, 2), sam.vision_encoder):
-            with pytest.raises(TypeError, match=f"got {type(base).__name__}"):
-                FROM_ADAPTER(path, base_model=base)
-
-    def test_a_bare_sam_through_peft(self, path, sam):
-        with pytest.raises(
-            ValueError, match=r"\['semantic', 'depth', 'a_normals'\], but the model is a SamModel.*from_adapter"
-        ):
-            PeftModel.from_pretrained(sam, path)
-
-    def test_auto_peft_model(self, sam_path, tmp_path):
-        path = save_adapter(make(sam_path), tmp_path / "adapter")
-        # PEFT asks whether the package may be imported, and cannot make an mSAM of a SAM's checkpoint then
-        with pytest.raises(ValueError, match=r"peft_talora\.msam\.modeling"):
-            AutoPeftModel.from_pretrained(path)
-        with pytest.raises(ValueError, match=r"MSamForMultiTask\.from_adapter"):
-            AutoPeftModel.from_pretrained(path, import_allowlist=["peft_talora.msam.modeling"])

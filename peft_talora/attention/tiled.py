@@ -42,7 +42,7 @@ class _TiledAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, columns: Tensor, scale: float
     ) -> Tensor:
         output = torch.empty_like(query)
-        for heads, queries in _tiles(*query.shape[:2]):
+        for heads, queries in tiles(*query.shape[:2]):
             bias = _position_bias(rows[heads, queries], columns[heads, queries])
             # its kernel wants the two dimensions apart
             tile = F.scaled_dot_product_attention(
@@ -59,7 +59,7 @@ class _TiledAttention(torch.autograd.Function):
         query, key, value, rows, columns, output = ctx.saved_tensors
         grad_query, grad_rows, grad_columns = (torch.empty_like(tensor) for tensor in (query, rows, columns))
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for heads, queries in _tiles(*query.shape[:2]):
+        for heads, queries in tiles(*query.shape[:2]):
             tile = (heads, queries)
             bias = _position_bias(rows[tile], columns[tile])
             weights = bias.baddbmm_(query[tile], key[heads].mT, alpha=ctx.scale).softmax(-1)
@@ -74,7 +74,7 @@ class _TiledAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, grad_rows, grad_columns, None
 
 
-def _tiles(num_heads: int, num_tokens: int) -> Iterator[tuple[slice, slice]]:
+def tiles(num_heads: int, num_tokens: int) -> Iterator[tuple[slice, slice]]:
     """Which heads, and which queries, of every tile."""
     heads = max(1, _TILE // (num_tokens * min(num_tokens, _MIN_QUERIES)))
     queries = max(1, _TILE // (min(heads, num_heads) * num_tokens))

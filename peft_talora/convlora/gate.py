@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # the smallest standard deviation of the noise
-_NOISE_FLOOR = 0.01
+NOISE_FLOOR = 0.01
 _CV_EPS = 1e-10
 
 
@@ -59,7 +59,7 @@ def choose(features: Tensor, gate: Tensor, noise: Tensor, noisy: bool) -> Choice
         clean = features @ gate.to(dtype)
         logits, std = clean, None
         if noisy:
-            std = F.softplus(features @ noise.to(dtype)) + _NOISE_FLOOR
+            std = F.softplus(features @ noise.to(dtype)) + NOISE_FLOOR
             logits = clean + torch.randn_like(clean) * std
         index = logits.argmax(dim=1)
         return Choice(index, logits, balancing_loss(clean, logits, std, index))

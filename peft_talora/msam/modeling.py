@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from ..auxiliary import auxiliary_loss
 from ..routing.requests import TaskRequest
+from ..saving.loading import load_saved
 from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
 from .decoder import MSamTokenDecoder, decode, token_decoder_state
@@ -202,9 +203,7 @@ class MSamForMultiTask(SamPreTrainedModel):
     @classmethod
     def from_adapter(cls, path_or_hub_id: str | Path, base_model: Any = None, **kwargs: Any) -> Any:
         """Load a saved adapter with everything it needs. See [`peft_talora.hub.load_adapter`]."""
-        from ..hub import load_adapter
-
-        return load_adapter(path_or_hub_id, base_model=base_model, **kwargs)
+        return load_saved(cls, path_or_hub_id, base_model=base_model, **kwargs)
 
     def get_image_wide_positional_embeddings(self, device: torch.device | None = None) -> torch.Tensor:
         """SAM's dense positional encoding, (1, C, h, w), on `device` where the weight for it is not in memory."""

@@ -138,11 +138,11 @@ def _facts(model: PeftModel, weights: Path, license: str) -> str:
         saved = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return "\n".join(
         [
-            f"- base model: {_escaped(msam.name_or_path or 'not recorded')}",
+            f"- base model: {escaped(msam.name_or_path or 'not recorded')}",
             f"- image size: {msam.config.vision_config.image_size} pixels",
             f"- parameters saved: {saved:,} of {model.get_nb_trainable_parameters()[1]:,}, "
             f"{weights.stat().st_size:,} bytes",
-            f"- licence: {_escaped(license)}",
+            f"- licence: {escaped(license)}",
         ]
     )
 
@@ -157,16 +157,16 @@ def _task_table(tasks: dict[str, TaskSpec]) -> str:
 
 def _metric_table(metrics: dict[str, dict[str, float]], dataset: str | None) -> str:
     rows = [[task, name, f"{value:.4g}"] for task, values in metrics.items() for name, value in values.items()]
-    return f"Measured on: {_escaped(dataset or UNKNOWN_DATASET)}\n\n{_table(['task', 'metric', 'value'], rows)}"
+    return f"Measured on: {escaped(dataset or UNKNOWN_DATASET)}\n\n{_table(['task', 'metric', 'value'], rows)}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [" | ".join(header), *(" | ".join(map(_escaped, row)) for row in rows)]
+    lines = [" | ".join(header), *(" | ".join(map(escaped, row)) for row in rows)]
     lines = [f"| {line} |" for line in lines]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """One line of Markdown that shows `text` as it is: no cell, link, emphasis, HTML or formula of its own."""
     text = " ".join(str(text).split())
     return re.sub(r"[\\`*~\[\]<>|&$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda found: f"\\{found[0]}", text)

@@ -25,10 +25,10 @@ def reference(query, key, value, rows, columns):
 
 
 # 15 tokens, 6 heads: everything at once; some heads; one head and some queries, the last tiles being smaller
-@pytest.mark.parametrize(("logits", "tiles"), [(2**22, 1), (4 * 15 * 15, 2), (4 * 15, 6 * 4), (1, 6 * 15)])
-def test_values_and_gradients(monkeypatch, logits, tiles):
+@pytest.mark.parametrize(("logits", "number"), [(2**22, 1), (4 * 15 * 15, 2), (4 * 15, 6 * 4), (1, 6 * 15)])
+def test_values_and_gradients(monkeypatch, logits, number):
     monkeypatch.setattr(module, "_TILE", logits)
-    assert len(list(module._tiles(6, 15))) == tiles
+    assert len(list(module.tiles(6, 15))) == number
     tensors = inputs()
     cotangent = torch.randn(2, 3, HEIGHT * WIDTH, 4, dtype=torch.float64)
     outputs = [tiled_attention(*tensors, SCALE), reference(*tensors)]
@@ -42,6 +42,6 @@ def test_values_and_gradients(monkeypatch, logits, tiles):
 def test_tiles_cover_everything_once(monkeypatch):
     monkeypatch.setattr(module, "_TILE", 100)
     covered = torch.zeros(7, 33)
-    for tile in module._tiles(7, 33):
+    for tile in module.tiles(7, 33):
         covered[tile] += 1
     assert (covered == 1).all()

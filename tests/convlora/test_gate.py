@@ -144,4 +144,4 @@ def test_noise_floor_of_a_fresh_gate():
     assert choice.logits.std().item() == pytest.approx(std, rel=0.02)
     counts = choice.index.bincount()
     assert len(counts) == 8 and counts.min() > 2000  # every expert gets its share
-    assert gate_module._NOISE_FLOOR == 0.01
+    assert gate_module.NOISE_FLOOR == 0.01

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from peft_talora import ConvLoraConfig, MSamForMultiTask, TALoraConfig, TaskSpec, default_modules_to_save, save_adapter
-from peft_talora.saving.card import _escaped, is_hub_id
+from peft_talora.saving.card import escaped, is_hub_id
 
 TASKS = {
     "semantic": TaskSpec("semantic", num_channels=3, class_names=["wall", "floor", "door"]),
@@ -140,4 +140,4 @@ def test_is_hub_id(tmp_path, monkeypatch):
 
 
 def test_escaped_text_is_one_line():
-    assert _escaped("a\r\n\tb |") == r"a b \|"
+    assert escaped("a\r\n\tb |") == r"a b \|"
