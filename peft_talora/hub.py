@@ -12,9 +12,10 @@ from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import SamModel
+from transformers import PreTrainedModel
 
-from .msam.adapter import MSAM_MODEL_TYPE, msam_fields
+from .msam.adapter import MSAM_MODEL_TYPE, check_same_family, msam_fields
+from .msam.families import family_of_model
 from .msam.loading import checkpoint_type
 from .msam.modeling import MSamForMultiTask
 from .saving.adapter import MSAM_FILE, SavedAdapter
@@ -187,7 +188,7 @@ def _check_loads_again(aside: Path, msam: MSamForMultiTask, directory: Path) -> 
 
 def load_adapter(
     path_or_hub_id: str | Path,
-    base_model: SamModel | MSamForMultiTask | str | Path | None = None,
+    base_model: PreTrainedModel | str | Path | None = None,
     is_trainable: bool = False,
     revision: str | None = None,
     verify: bool = True,
@@ -204,7 +205,8 @@ def load_adapter(
 
     Args:
         path_or_hub_id: A directory that `save_pretrained` or [`save_adapter`] wrote, or its name on the Hub.
-        base_model: A `SamModel`, an `MSamForMultiTask`, or the name or path of one. The adapter's own base when None.
+        base_model: A `SamModel` (or a model of the other families), an `MSamForMultiTask`, or the name or path of one. The
+            adapter's own base when None.
             One of another name than the adapter's own, both on the Hub, is a warning. An `MSamForMultiTask` is itself
             tuned, and cast and moved where that is asked for; a `SamModel` is not changed.
         is_trainable: Whether to train the adapter further; it is frozen otherwise.
@@ -279,6 +281,8 @@ def _base_msam(base_model: Any, adapter: SavedAdapter) -> MSamForMultiTask:
     if not isinstance(base_model, MSamForMultiTask):
         recipe = {name: adapter.recipe[name] for name in ("tasks", "image_size", "channel_mode")}
         try:
+            if not isinstance(base_model, str | Path) and family_of_model(base_model) is not None:
+                check_same_family(adapter.recipe, family_of_model(base_model).model_type, own)
             msam = MSamForMultiTask.from_sam(base_model, **recipe)
         except ValueError as error:
             raise ValueError(f"The mSAM of {adapter.recipe_file} could not be made: {error}") from error

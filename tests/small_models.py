@@ -103,7 +103,7 @@ def make_sam_hq(image_size: int = 32, **vision) -> SamHQModel:
 
 
 def make_sam2(image_size: int = 64, **backbone) -> Sam2Model:
-    """A tiny Sam2Model: four stages, windows of 4, 4, 3 (padded) and 3, one global block, queries pooled between stages."""
+    """A tiny Sam2Model: four stages, windows of 4, 4, 6 (padded) and 3, one global block, queries pooled between stages."""
     grid = image_size // 4
     backbone_config = {
         "hidden_size": 8,
@@ -111,7 +111,7 @@ def make_sam2(image_size: int = 64, **backbone) -> Sam2Model:
         "blocks_per_stage": [1, 2, 3, 1],
         "embed_dim_per_stage": [8, 16, 24, 32],
         "num_attention_heads_per_stage": [1, 2, 2, 4],
-        "window_size_per_stage": [4, 4, 3, 3],
+        "window_size_per_stage": [4, 4, 6, 3],
         "global_attention_blocks": [5],
         "window_positional_embedding_background_size": [5, 5],
         **backbone,

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from ..msam.adapter import prepare_for_msam
+from ..msam.adapter import MSAM_MODEL_TYPE, prepare_for_msam
 from ..routing.checkpointing import add_checkpoint_hooks, remove_checkpoint_hooks
 from ..saving.settings import check_settings, split_settings, with_settings
 from ..saving.tensors import check_adapter_state, without_unsaved
@@ -32,7 +32,7 @@ DEFAULT_TARGET_MODULES = {
     "sam3_vision_model": SEPARATE,
     "sam3_vit_model": SEPARATE,
     "sam3_tracker": SEPARATE,
-    "msam": FUSED,
+    MSAM_MODEL_TYPE: FUSED,
 }
 # Encoders whose layers may be in a list of the model itself: PEFT finds no index in "blocks.0.attn.qkv" without its name.
 ENCODERS = ("sam_vision_model", "sam_hq_vision_model", "sam2_hiera_det_model", "sam3_vit_model")
@@ -67,6 +67,12 @@ class PluginTuner(BaseTuner):
         state = super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
         parameter = cls.tuner_layer_cls.adapter_layer_names[-1]
         return with_settings(state, config.settings(), f"{parameter}.{adapter_name}")
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        """As in PEFT; an mSAM's default targets are those of its base."""
+        if peft_config.target_modules is None and model_config["model_type"] == MSAM_MODEL_TYPE:
+            peft_config.target_modules = set(self.target_module_mapping[model_config["base_model_type"]])
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         prepare_for_msam(peft_config, model)
