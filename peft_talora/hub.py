@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from .msam.adapter import msam_fields
 from .msam.modeling import MSamForMultiTask
@@ -184,7 +184,7 @@ def _check_loads_again(aside: Path, msam: MSamForMultiTask, directory: Path) -> 
 
 def load_adapter(
     path_or_hub_id: str | Path,
-    base_model: SamModel | MSamForMultiTask | str | Path | None = None,
+    base_model: PreTrainedModel | str | Path | None = None,
     is_trainable: bool = False,
     revision: str | None = None,
     verify: bool = True,
@@ -201,7 +201,8 @@ def load_adapter(
 
     Args:
         path_or_hub_id: A directory that `save_pretrained` or [`save_adapter`] wrote, or its name on the Hub.
-        base_model: A `SamModel`, an `MSamForMultiTask`, or the name or path of one. The adapter's own base when None.
+        base_model: A `SamModel` (or a model of the other families), an `MSamForMultiTask`, or the name or path of one. The
+            adapter's own base when None.
             One of another name than the adapter's own, both on the Hub, is a warning. An `MSamForMultiTask` is itself
             tuned, and cast and moved where that is asked for; a `SamModel` is not changed.
         is_trainable: Whether to train the adapter further; it is frozen otherwise.

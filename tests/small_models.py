@@ -11,7 +11,23 @@ import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import SamConfig, SamModel, SamVisionConfig, SamVisionModel
+from transformers import (
+    Sam2Config,
+    Sam2Model,
+    Sam3Config,
+    Sam3Model,
+    Sam3TrackerConfig,
+    Sam3TrackerModel,
+    SamConfig,
+    SamHQConfig,
+    SamHQModel,
+    SamModel,
+    SamVisionConfig,
+    SamVisionModel,
+)
+
+# what the mask decoders of all small models have in common
+DECODER = {"num_attention_heads": 2, "mlp_dim": 16, "iou_head_hidden_dim": 8}
 
 
 def make_sam(image_size: int = 32, patch_size: int = 4, hidden_size: int = 16, **vision) -> SamModel:
@@ -44,12 +60,142 @@ def make_sam(image_size: int = 32, patch_size: int = 4, hidden_size: int = 16, *
     sam = SamModel(
         SamConfig(vision_config=vision_config, prompt_encoder_config=prompt_config, mask_decoder_config=decoder_config)
     )
+    return _randomised(sam)
+
+
+@torch.no_grad()
+def _randomised(model: nn.Module, scale: float = 0.3) -> Any:
+    """The model with weights of which every one matters, in eval mode."""
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in sam.parameters():
-            mean = 0.0 if parameter.ndim > 1 else 0.5
-            parameter.copy_(mean + 0.3 * torch.randn(parameter.shape, generator=generator))
-    return sam.eval()
+    for parameter in model.parameters():
+        mean = 0.0 if parameter.ndim > 1 else 0.5
+        parameter.copy_(mean + scale * torch.randn(parameter.shape, generator=generator))
+    # positional encodings are buffers, and one in SAM's checkpoints
+    for name, buffer in model.named_buffers():
+        if name.endswith("positional_embedding"):
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)))
+    return model.eval()
+
+
+def make_sam_hq(image_size: int = 32, **vision) -> SamHQModel:
+    """A tiny SamHQModel, as [`make_sam`]; two global layers, so that the first one's states are not the last ones."""
+    vision_config = {
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": image_size,
+        "patch_size": 4,
+        "window_size": 3,
+        "global_attn_indexes": [1, 3],
+        "output_channels": 8,
+        "num_pos_feats": 4,
+        **vision,
+    }
+    prompt_config = {"hidden_size": 8, "image_size": image_size, "patch_size": 4, "mask_input_channels": 4}
+    decoder_config = {**DECODER, "hidden_size": 8, "vit_dim": vision_config["hidden_size"]}
+    return _randomised(
+        SamHQModel(
+            SamHQConfig(
+                vision_config=vision_config, prompt_encoder_config=prompt_config, mask_decoder_config=decoder_config
+            )
+        )
+    )
+
+
+def make_sam2(image_size: int = 64, **backbone) -> Sam2Model:
+    """A tiny Sam2Model: four stages, windows of 4, 4, 6 (padded) and 3, one global block, queries pooled between stages."""
+    grid = image_size // 4
+    backbone_config = {
+        "hidden_size": 8,
+        "image_size": [image_size, image_size],
+        "blocks_per_stage": [1, 2, 3, 1],
+        "embed_dim_per_stage": [8, 16, 24, 32],
+        "num_attention_heads_per_stage": [1, 2, 2, 4],
+        "window_size_per_stage": [4, 4, 6, 3],
+        "global_attention_blocks": [5],
+        "window_positional_embedding_background_size": [5, 5],
+        **backbone,
+    }
+    vision_config = {
+        "backbone_config": {"model_type": "sam2_hiera_det_model", **backbone_config},
+        "backbone_channel_list": [32, 24, 16, 8],
+        "backbone_feature_sizes": [[grid, grid], [grid // 2, grid // 2], [grid // 4, grid // 4]],
+        "fpn_hidden_size": 16,
+    }
+    prompt_config = {"hidden_size": 16, "image_size": image_size, "patch_size": 16, "mask_input_channels": 4}
+    return _randomised(
+        Sam2Model(
+            Sam2Config(
+                vision_config=vision_config,
+                prompt_encoder_config=prompt_config,
+                mask_decoder_config={**DECODER, "hidden_size": 16},
+            )
+        )
+    )
+
+
+def sam3_vision_config(image_size: int = 32, **backbone) -> dict[str, Any]:
+    """The vision encoder of [`make_sam3`] and [`make_sam3_tracker`]: windowed (padded) and global layers."""
+    grid = image_size // 4
+    return {
+        "backbone_config": {
+            "model_type": "sam3_vit_model",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": image_size,
+            "pretrain_image_size": 20,
+            "patch_size": 4,
+            "window_size": 3,
+            "global_attn_indexes": [1],
+            **backbone,
+        },
+        "fpn_hidden_size": 16,
+        "backbone_feature_sizes": [[4 * grid, 4 * grid], [2 * grid, 2 * grid], [grid, grid]],
+    }
+
+
+def make_sam3_tracker(image_size: int = 32, **backbone) -> Sam3TrackerModel:
+    """A tiny Sam3TrackerModel; its encoder has three levels, as that of SAM 3's checkpoints."""
+    vision_config = {**sam3_vision_config(image_size, **backbone), "scale_factors": [4.0, 2.0, 1.0]}
+    prompt_config = {"hidden_size": 16, "image_size": image_size, "patch_size": 4, "mask_input_channels": 4}
+    return _randomised(
+        Sam3TrackerModel(
+            Sam3TrackerConfig(
+                vision_config={"model_type": "sam3_vision_model", **vision_config},
+                prompt_encoder_config=prompt_config,
+                mask_decoder_config={**DECODER, "hidden_size": 16},
+            )
+        )
+    )
+
+
+def make_sam3(image_size: int = 32) -> Sam3Model:
+    """A tiny Sam3Model: the same encoder, with the text encoder, the DETR and the mask decoder of the detector."""
+    part = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text_config = {
+        "model_type": "clip_text_model",
+        "vocab_size": 20,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "projection_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+    }
+    return _randomised(
+        Sam3Model(
+            Sam3Config(
+                vision_config=sam3_vision_config(image_size),
+                text_config=text_config,
+                geometry_encoder_config=part,
+                detr_encoder_config=part,
+                detr_decoder_config={**part, "num_queries": 5},
+                mask_decoder_config={"hidden_size": 16, "num_attention_heads": 2},
+            )
+        )
+    )
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ class ConvLoraConfig(TargetsConfig):
             True is the published start (B, the experts' biases and the gate zero: the model is unchanged). False leaves
             nothing zero (for tests).
         target_modules (`list[str]` or `str`, *optional*):
-            Names of the modules to adapt, or a regular expression. The fused `qkv` of the vision encoder for SAM
-            models when None.
+            Names of the modules to adapt, or a regular expression. When None, for the models of the SAM family: the fused
+            `qkv` of the vision encoder, and for SAM 3 the `q_proj` and `v_proj` of the vision encoder alone.
         exclude_modules (`list[str]` or `str`, *optional*): Names or a regular expression of modules to leave alone.
         layers_to_transform (`list[int]` or `int`, *optional*): Adapt only the layers with these indices.
         layers_pattern (`list[str]` or `str`, *optional*): The name of the layers' list, where it is uncommon.

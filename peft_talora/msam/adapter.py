@@ -9,16 +9,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 MSAM_MODEL_TYPE = "msam"
-# the sizes of a SAM's encoder, by which an adapter knows its base
-BASE_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "patch_size",
-    "window_size",
-    "global_attn_indexes",
-    "output_channels",
-)
 
 
 def is_msam(model: nn.Module) -> bool:
@@ -43,8 +33,9 @@ def default_modules_to_save(msam: nn.Module) -> list[str]:
     if not is_msam(msam):
         raise ValueError(f"default_modules_to_save needs an MSamForMultiTask, got {type(msam).__name__}.")
     names = [f"{part}.{task}" for task in msam.config.task_names for part in ("no_mask_embeds", "mask_decoders")]
-    for index in range(len(msam.vision_encoder.layers)):
-        names += [f"vision_encoder.layers.{index}.layer_norm{number}" for number in (1, 2)]
+    layers = msam.family.layers
+    for index in range(len(msam.get_submodule(layers))):
+        names += [f"{layers}.{index}.layer_norm{number}" for number in (1, 2)]
     return names
 
 
@@ -56,11 +47,13 @@ def task_of_module(model: nn.Module, name: str) -> str | None:
 
 def msam_fields(config: Any) -> dict[str, Any]:
     """What a saved adapter has to know to build the mSAM again from its SAM, and to know that SAM again."""
+    backbone = config.family.backbone(config.vision_config)
     return {
         "tasks": [dict(task) for task in config.tasks],
         "channel_mode": config.channel_mode,
-        "image_size": config.vision_config.image_size,
-        "base": {name: getattr(config.vision_config, name) for name in BASE_FIELDS},
+        "image_size": config.image_size,
+        "base_model_type": config.base_model_type,
+        "base": {name: getattr(backbone, name) for name in config.family.base_fields},
     }
 
 
@@ -73,9 +66,10 @@ def check_same_msam(fields: dict[str, Any], config: Any, base_name: str | None =
         base_name: The SAM that the adapter was trained on, for the message.
     """
     own = msam_fields(config)
+    check_same_family(fields, config.base_model_type, base_name)
     theirs = fields.get("base")
     theirs = theirs if isinstance(theirs, dict) else {}
-    different = [name for name in BASE_FIELDS if name in theirs and theirs[name] != own["base"][name]]
+    different = [name for name in own["base"] if name in theirs and theirs[name] != own["base"][name]]
     if different:
         values = [", ".join(f"{name}={base[name]}" for name in different) for base in (theirs, own["base"])]
         raise ValueError(
@@ -94,6 +88,22 @@ def check_same_msam(fields: dict[str, Any], config: Any, base_name: str | None =
     for name in ("channel_mode", "image_size"):
         if fields.get(name, own[name]) != own[name]:
             raise ValueError(f"The adapter was trained with {name}={fields[name]}, the base model has {own[name]}.")
+
+
+def check_same_family(fields: dict[str, Any], base_model_type: str, base_name: str | None = None) -> None:
+    """Raise ValueError unless an adapter with these [`msam_fields`] is one for a base of this family.
+
+    Args:
+        fields: The adapter's. Older files do not say it, and are those of a SAM.
+        base_model_type: That of the base.
+        base_name: The SAM that the adapter was trained on, for the message.
+    """
+    theirs = fields.get("base_model_type", "sam")
+    if theirs != base_model_type:
+        raise ValueError(
+            f"The adapter was trained on a '{theirs}' model{f', {base_name!r}' if base_name else ''}, the base model is a "
+            f"'{base_model_type}' model."
+        )
 
 
 def prepare_for_msam(peft_config: PeftConfig, model: nn.Module) -> None:

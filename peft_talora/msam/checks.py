@@ -10,6 +10,7 @@ import torch
 from ..losses import check_labels
 from ..routing.requests import TaskRequest, resolve_task
 from .configuration import MSamConfig
+from .families import Family
 from .tasks import TaskSpec
 
 
@@ -46,18 +47,21 @@ def check_inputs(config: MSamConfig, pixel_values: Any, image_embeddings: Any, t
     """The batch size of the one input that is given."""
     if sum(given is not None for given in (pixel_values, image_embeddings, trunk_states)) != 1:
         raise ValueError("Give exactly one of pixel_values, image_embeddings and trunk_states.")
-    vision, grid = config.vision_config, config.grid_size
     if pixel_values is not None:
         hint = " MSamProcessor brings images to that size."
-        return _checked_batch("pixel_values", pixel_values, (vision.num_channels, *[vision.image_size] * 2), hint)
+        channels = config.family.backbone(config.vision_config).num_channels
+        return _checked_batch("pixel_values", pixel_values, (channels, *[config.image_size] * 2), hint)
     if trunk_states is not None:
-        return _checked_batch("trunk_states", trunk_states, (grid, grid, vision.hidden_size))
+        shape = config.family.trunk_shape(config.vision_config)
+        return _checked_states(trunk_states) if shape is None else _checked_batch("trunk_states", trunk_states, shape)
     embeddings = image_embeddings if isinstance(image_embeddings, Mapping) else {"": image_embeddings}
     return _check_embeddings(config, embeddings)
 
 
 def _checked_batch(where: str, tensor: torch.Tensor, expected: tuple[int, ...], hint: str = "") -> int:
     """The batch size of a tensor that must be (batch, *expected)."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{where} must be a tensor (batch, {', '.join(map(str, expected))}), got {_kind(tensor)}.")
     if tensor.ndim != 4 or tuple(tensor.shape[1:]) != expected:
         raise ValueError(
             f"{where} must have the shape (batch, {', '.join(map(str, expected))}), got {tuple(tensor.shape)}.{hint}"
@@ -65,11 +69,32 @@ def _checked_batch(where: str, tensor: torch.Tensor, expected: tuple[int, ...], 
     return tensor.shape[0]
 
 
-def _check_embeddings(config: MSamConfig, embeddings: Mapping[str, torch.Tensor]) -> int:
-    expected = (config.vision_config.output_channels, config.grid_size, config.grid_size)
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple | list) else "")
+
+
+def _checked_states(states: Any) -> int:
+    """The batch size of hidden states that are a tuple: how many depends on where the tasks part."""
+    is_tuple = isinstance(states, tuple) and all(isinstance(part, torch.Tensor) and part.ndim == 4 for part in states)
+    if not is_tuple or len({part.shape[0] for part in states}) != 1:
+        raise ValueError(f"trunk_states must be the tuple that encode_trunk gives of one batch, got {_kind(states)}.")
+    return states[0].shape[0]
+
+
+def _check_embeddings(config: MSamConfig, embeddings: Mapping[str, Any]) -> int:
+    shapes, sizes = config.family.feature_shapes(config.vision_config), {}
     for name, embedding in embeddings.items():
-        _checked_batch(f"image_embeddings['{name}']" if name else "image_embeddings", embedding, expected)
-    sizes = {name: embedding.shape[0] for name, embedding in embeddings.items()}
+        where = f"image_embeddings['{name}']" if name else "image_embeddings"
+        levels = (embedding,) if len(shapes) == 1 else embedding
+        if not isinstance(levels, tuple) or len(levels) != len(shapes):
+            raise ValueError(
+                f"{where} must be a tuple of {len(shapes)} tensors, as encode gives it: "
+                f"{', '.join(f'(batch, {a}, {b}, {c})' for a, b, c in shapes)}; got {_kind(embedding)}."
+            )
+        own = {_checked_batch(where, level, shape) for level, shape in zip(levels, shapes, strict=True)}
+        if len(own) != 1:
+            raise ValueError(f"The tensors of {where} must have one batch size, got {sorted(own)}.")
+        sizes[name] = own.pop()
     if len(set(sizes.values())) != 1:
         raise ValueError(f"image_embeddings must have one batch size, got {sizes}.")
     return next(iter(sizes.values()))
@@ -90,12 +115,14 @@ def check_all_labels(
             check_labels(name, specs[name], label, batch_size, wanted[name])
 
 
-def checked_image_size(image_size: int | None, vision_config: Any) -> int:
+def checked_image_size(image_size: int | None, family: Family, vision_config: Any) -> int:
     """`image_size`, or that of the configuration when None."""
-    size, patch = vision_config.image_size if image_size is None else image_size, vision_config.patch_size
-    if not isinstance(size, int) or isinstance(size, bool) or size < patch or size % patch:
-        raise ValueError(f"`image_size` must be a positive multiple of the patch size {patch}, got {size!r}.")
-    return size
+    if image_size is None:
+        return family.image_size(vision_config)
+    step, name = family.image_size_step(vision_config), family.image_size_step_name
+    if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < step or image_size % step:
+        raise ValueError(f"`image_size` must be a positive multiple of {name} {step}, got {image_size!r}.")
+    return image_size
 
 
 def checked_chunk(task_chunk: int | None, num_tasks: int) -> int:

@@ -11,6 +11,9 @@ from torch import nn
 from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder
 
+# heads of a decoder that say how good a mask is, and whether there is anything
+SCORE_HEADS = ("iou_prediction_head", "pred_obj_score_head")
+
 
 class MSamTokenDecoder(SamMaskDecoder):
     r"""SAM's mask decoder with a mask token and a hypernetwork per output channel.
@@ -26,6 +29,8 @@ class MSamTokenDecoder(SamMaskDecoder):
         config: The SAM's decoder configuration. Its `num_multimask_outputs` is not used.
         num_channels: N, the number of channels.
     """
+
+    decodes_tokens = True
 
     def __init__(self, config: SamMaskDecoderConfig, num_channels: int) -> None:
         own_config = copy.deepcopy(config)
@@ -60,55 +65,42 @@ class MSamTokenDecoder(SamMaskDecoder):
         return self.activation(self.upscale_conv2(image))
 
 
-def decode(model: Any, name: str, image_embedding: torch.Tensor) -> torch.Tensor:
-    """The logits (B, N, 4h, 4w) of a task, from its image embeddings (B, C, h, w).
+def decode(model: Any, name: str, features: Any) -> torch.Tensor:
+    """The logits (B, N, 4h, 4w) of a task, from the features of B images.
 
     Args:
         model: The mSAM.
         name: The task.
-        image_embedding: The image embeddings.
+        features: The image embedding (B, C, h, w), or a tuple that ends with it.
     """
-    batch_size, _, height, width = image_embedding.shape
-    num_channels, device = model.task_specs[name].num_channels, image_embedding.device
+    embedding = features if isinstance(features, torch.Tensor) else features[-1]
+    batch_size, _, height, width = embedding.shape
+    num_channels, device = model.task_specs[name].num_channels, embedding.device
     if batch_size == 0:
-        return image_embedding.new_zeros(0, num_channels, 4 * height, 4 * width)
+        return embedding.new_zeros(0, num_channels, 4 * height, 4 * width)
     # called, not read: an adapter may have replaced it
     in_tokens = model.config.channel_mode == "token"
     no_mask = model.no_mask_embeds[name](torch.arange(1 if in_tokens else num_channels, device=device))
-    position = model.get_image_wide_positional_embeddings(device)
-    if in_tokens:
-        return model.mask_decoders[name](
-            image_embeddings=image_embedding,
-            image_positional_embeddings=position,
-            dense_prompt_embeddings=no_mask[:, :, None, None],
-        )
-    # one decoder input per image and channel
-    masks, _ = model.mask_decoders[name](
-        image_embeddings=image_embedding.repeat_interleave(num_channels, dim=0),
-        image_positional_embeddings=position,
-        sparse_prompt_embeddings=None,
-        dense_prompt_embeddings=no_mask.repeat(batch_size, 1)[:, :, None, None],
-        multimask_output=False,
-    )
-    return masks.reshape(batch_size, num_channels, 4 * height, 4 * width)
+    return model.family.decode(model, name, features, no_mask, model.get_image_wide_positional_embeddings(device))
 
 
 def untrained_parts(decoder: nn.Module) -> list[str]:
-    """The names of the modules of a decoder that no loss of an mSAM reaches: the IoU head, and unused hypernetworks.
+    """The names of the modules of a decoder that no loss of an mSAM reaches: heads of scores, and unused hypernetworks.
 
     A decoder pass for one channel uses the hypernetwork of mask token 0. The other mask tokens are trained: the
     transformer's self-attention lets each token see all of them.
     """
     number = len(decoder.output_hypernetworks_mlps)
-    used = number if isinstance(decoder, MSamTokenDecoder) else 1
-    return ["iou_prediction_head", *(f"output_hypernetworks_mlps.{index}" for index in range(used, number))]
+    used = number if getattr(decoder, "decodes_tokens", False) else 1
+    heads = [head for head in SCORE_HEADS if hasattr(decoder, head)]
+    return [*heads, *(f"output_hypernetworks_mlps.{index}" for index in range(used, number))]
 
 
 def token_decoder_state(sam_state: Mapping[str, torch.Tensor], num_channels: int) -> dict[str, torch.Tensor]:
-    """The state of a SAM's mask decoder for an `MSamTokenDecoder`: every channel starts as a copy of mask token 0.
+    """The state of a SAM's mask decoder for one with a token per channel: every channel starts as a copy of mask token 0.
 
     Args:
-        sam_state: `state_dict()` of a `SamMaskDecoder`.
+        sam_state: `state_dict()` of the plain decoder.
         num_channels: N, the number of channels.
     """
     hypernetworks = "output_hypernetworks_mlps."
@@ -123,8 +115,8 @@ def token_decoder_state(sam_state: Mapping[str, torch.Tensor], num_channels: int
     return state
 
 
-def single_channel_config(config: SamMaskDecoderConfig) -> SamMaskDecoderConfig:
-    """The configuration of a plain `SamMaskDecoder` that an `MSamTokenDecoder` of one channel can become."""
+def single_channel_config(config: Any) -> Any:
+    """The configuration of a plain decoder that a token decoder of one channel can become."""
     config = copy.deepcopy(config)
     config.num_multimask_outputs = 0
     return config

@@ -1,4 +1,4 @@
-"""One task of an mSAM as a plain SamModel."""
+"""One task of an mSAM as a plain model of its base's family."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import torch
 from peft import PeftModel
-from transformers import SamConfig, SamModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .decoder import single_channel_config
 from .loading import check_plain
@@ -14,8 +14,11 @@ from .modeling import MSamForMultiTask
 
 
 @torch.no_grad()
-def task_to_sam(model: PeftModel | MSamForMultiTask, task: str, sam: SamModel | None = None) -> SamModel:
+def task_to_sam(model: PeftModel | MSamForMultiTask, task: str, sam: PreTrainedModel | None = None) -> PreTrainedModel:
     """Make a `SamModel` of one task with one output channel: no prompt, and its mask is the task's map.
+
+    Of an mSAM on another base it is a `SamHQModel`, a `Sam2Model` or a `Sam3TrackerModel`; of the latter two the fallback to
+    other masks (`dynamic_multimask_via_stability`) is off.
 
     `sam(pixel_values, multimask_output=False).pred_masks[:, 0]` are the task's logits (B, 1, 4h, 4w). The encoder is
     merged, the decoder and the no-mask embedding are the task's. The weights for prompts (points, boxes, masks) are those
@@ -27,7 +30,7 @@ def task_to_sam(model: PeftModel | MSamForMultiTask, task: str, sam: SamModel | 
         sam: The SAM whose prompt weights are taken.
 
     Raises:
-        TypeError: `model` is no mSAM.
+        TypeError: `model` is no mSAM, or `sam` is of another family.
         ValueError: The task is unknown or has several output channels; or the model is quantised, sharded or offloaded.
     """
     msam = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -37,16 +40,20 @@ def task_to_sam(model: PeftModel | MSamForMultiTask, task: str, sam: SamModel | 
         raise ValueError(f"Unknown task '{task}'. The model's tasks are {list(msam.task_specs)}.")
     channels = msam.task_specs[task].num_channels
     if channels != 1:
-        raise ValueError(f"A SamModel has one output channel, the task '{task}' has {channels}.")
+        kind = msam.family.model_class.__name__
+        raise ValueError(f"A {kind} has one output channel, the task '{task}' has {channels}.")
+    if sam is not None and not isinstance(sam, msam.family.model_class):
+        kind = msam.family.model_class.__name__
+        raise TypeError(f"The prompt weights must be those of a {kind}, got `sam` of the type {type(sam).__name__}.")
     check_plain(msam, "The mSAM", "a SamModel has plain weights, so export it from one that is not.")
     if isinstance(model, PeftModel):
         msam = _merged(model, task)
-    exported = SamModel(_sam_config(msam)).to(dtype=msam.dtype, device=msam.device)
+    exported = msam.family.model_class(_plain_config(msam)).to(dtype=msam.dtype, device=msam.device)
+    msam.family.export_parts(msam, exported)
     if sam is not None:
         exported.prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())
     exported.vision_encoder.load_state_dict(msam.vision_encoder.state_dict())
     exported.shared_image_embedding.load_state_dict(msam.shared_image_embedding.state_dict())
-    exported.prompt_encoder.shared_embedding = exported.shared_image_embedding
     exported.prompt_encoder.no_mask_embed.weight.copy_(msam.no_mask_embeds[task].weight)
     exported.mask_decoder.load_state_dict(msam.mask_decoders[task].state_dict())
     return exported.eval()
@@ -62,14 +69,10 @@ def _merged(model: PeftModel, task: str) -> MSamForMultiTask:
     return model.merge_and_unload()
 
 
-def _sam_config(msam: MSamForMultiTask) -> SamConfig:
-    vision = copy.deepcopy(msam.config.vision_config)
-    prompt = copy.deepcopy(msam.config.prompt_encoder_config)
-    prompt.image_size = vision.image_size
-    prompt.image_embedding_size = msam.config.grid_size
+def _plain_config(msam: MSamForMultiTask) -> PreTrainedConfig:
     decoder = copy.deepcopy(msam.config.mask_decoder_config)
     if msam.config.channel_mode == "token":
         decoder = single_channel_config(decoder)
-    config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    config = msam.family.plain_config(msam.config, decoder)
     config._attn_implementation = msam.config._attn_implementation
     return config

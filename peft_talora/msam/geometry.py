@@ -15,8 +15,16 @@ Size = tuple[int, int]
 _STRIP_VALUES = 1 << 20
 
 
-def reshaped_size(size: Sequence[int], image_size: int) -> Size:
-    """(height, width) of an image whose longest side was resized to ``image_size``, as SAM's processor rounds it."""
+def reshaped_size(size: Sequence[int], image_size: int, to_square: bool = False) -> Size:
+    """(height, width) of an image whose longest side was resized to ``image_size``, as SAM's processor rounds it.
+
+    Args:
+        size: (height, width) of the image.
+        image_size: Side S of the model's input.
+        to_square: Both sides were, as SAM 2's processor does.
+    """
+    if to_square:
+        return image_size, image_size
     scale = image_size * 1.0 / max(size)
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
@@ -30,12 +38,14 @@ def check_sides(size: Sequence[int], image_size: int) -> None:
         )
 
 
-def restore_logits(logits: Tensor, size: Size, image_size: int) -> Tensor:
+def restore_logits(logits: Tensor, size: Size, image_size: int, to_square: bool = False) -> Tensor:
     """Logits (B, N, h, w) of the padded square as (B, N, H, W) of the image, in the two steps of SAM's processor."""
-    return resize_logits(_without_padding(logits, size, image_size), size)
+    return resize_logits(_without_padding(logits, size, image_size, to_square), size)
 
 
-def restored_map(logits: Tensor, size: Size, image_size: int, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def restored_map(
+    logits: Tensor, size: Size, image_size: int, activation: Callable[[Tensor], Tensor], to_square: bool = False
+) -> Tensor:
     """The prediction (H, W) or (C, H, W) of one image: ``activation(restore_logits(logits, size, image_size))[0]``.
 
     A large image is enlarged and activated strip by strip: the logits of all channels at its resolution would be many times
@@ -46,10 +56,11 @@ def restored_map(logits: Tensor, size: Size, image_size: int, activation: Callab
         size: (height, width) of the image.
         image_size: Side S of the model's input.
         activation: Logits (1, N, rows, W) -> predictions (1, ..., rows, W), each pixel by itself.
+        to_square: As in [`reshaped_size`].
     """
     height, width = size
     rows = max(1, _STRIP_VALUES // (width * logits.shape[1]))
-    inner = _without_padding(logits, size, image_size)
+    inner = _without_padding(logits, size, image_size, to_square)
     if rows >= height:
         return activation(resize_logits(inner, size))[0]
     restored = None
@@ -61,9 +72,9 @@ def restored_map(logits: Tensor, size: Size, image_size: int, activation: Callab
     return restored
 
 
-def _without_padding(logits: Tensor, size: Size, image_size: int) -> Tensor:
+def _without_padding(logits: Tensor, size: Size, image_size: int, to_square: bool) -> Tensor:
     """Logits at the resolution of the model's input, without what belongs to the padding: (B, N, height, width)."""
-    height, width = reshaped_size(size, image_size)
+    height, width = reshaped_size(size, image_size, to_square)
     return resize_logits(logits, (image_size, image_size))[..., :height, :width]
 
 

@@ -72,9 +72,9 @@ def _array(label: Any, spec: TaskSpec) -> np.ndarray:
     return values
 
 
-def square_label(spec: TaskSpec, label: Tensor, image_size: int) -> Tensor:
+def square_label(spec: TaskSpec, label: Tensor, image_size: int, to_square: bool = False) -> Tensor:
     """A label map from [`label_tensor`], resized and padded as its image is: (S, S) or (C, S, S)."""
-    height, width = reshaped_size(label.shape[-2:], image_size)
+    height, width = reshaped_size(label.shape[-2:], image_size, to_square)
     label = resize_label(spec, label, (height, width))
     return F.pad(label, (0, image_size - width, 0, image_size - height), value=spec.padding)
 

@@ -6,21 +6,27 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, SamModel
+from transformers import AutoConfig, PreTrainedModel
+
+from .families import FAMILIES, family_of_checkpoint
 
 
-def load_sam(name_or_path: str | Path) -> SamModel:
-    """Load a `SamModel` from a directory or from the Hub.
+def load_sam(name_or_path: str | Path) -> PreTrainedModel:
+    """Load a SAM of one of the families from a directory or from the Hub.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It is a checkpoint of another model; transformers alone would fill a SAM with random weights.
     """
     model_type = checkpoint_type(name_or_path)
-    if model_type != "sam":
-        raise ValueError(f"'{name_or_path}' is a checkpoint of a '{model_type}' model, not of a 'sam' model.")
+    family = family_of_checkpoint(model_type)
+    if family is None:
+        others = ", ".join(f"'{known}'" for known in FAMILIES if known != "sam")
+        raise ValueError(
+            f"'{name_or_path}' is a checkpoint of a '{model_type}' model, not of a 'sam' model or one of {others}."
+        )
     try:
-        return SamModel.from_pretrained(_source(name_or_path))
+        return family.model_class.from_pretrained(_source(name_or_path))
     except OSError as error:
         raise _not_found(name_or_path, error) from error
 

@@ -12,12 +12,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import SamModel
-from transformers.models.sam.modeling_sam import (
-    SamMaskDecoder,
-    SamPositionalEmbedding,
-    SamPreTrainedModel,
-)
+from transformers import PreTrainedModel
+from transformers.models.sam.modeling_sam import SamPreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..auxiliary import auxiliary_loss
@@ -25,13 +21,14 @@ from ..routing.requests import TaskRequest
 from ..saving.loading import load_saved
 from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
-from .decoder import MSamTokenDecoder, decode, token_decoder_state
-from .encoder import MSamVisionEncoder, embeddings_by_task, encode_mixed, encode_tasks, given_embeddings
+from .decoder import decode, token_decoder_state
+from .encoder import embeddings_by_task, encode_mixed, encode_tasks, given_embeddings
+from .families import FAMILIES, Family, family_of_model
 from .frozen import TaskDecoders
-from .interpolation import encoder_state_for
 from .loading import check_plain, load_sam
 from .loss import task_losses
 from .processing import post_process
+from .split import Features
 from .tasks import Tasks, TaskSpec, parse_tasks
 
 LOAD_INSTEAD = (
@@ -103,8 +100,8 @@ class MSamForMultiTask(SamPreTrainedModel):
                 "MSamForMultiTask.from_sam(sam, tasks), and load an adapter with MSamForMultiTask.from_adapter(...)."
             )
         self.task_specs: dict[str, TaskSpec] = config.task_specs
-        self.shared_image_embedding = SamPositionalEmbedding(config.vision_config)
-        self.vision_encoder = MSamVisionEncoder(config.vision_config)
+        self.shared_image_embedding = self.family.position_embedding(config)
+        self.vision_encoder = self.family.encoder(config.vision_config)
         # the decoder is no PreTrainedModel and would not learn of it otherwise
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         hidden_size = config.mask_decoder_config.hidden_size
@@ -114,17 +111,20 @@ class MSamForMultiTask(SamPreTrainedModel):
                 for name, spec in self.task_specs.items()
             }
         )
-        self.mask_decoders = TaskDecoders({name: self._new_decoder(spec) for name, spec in self.task_specs.items()})
+        self.mask_decoders = TaskDecoders(
+            {name: self.family.decoder(config, spec.num_channels) for name, spec in self.task_specs.items()}
+        )
+        self.family.add_parts(self)
         self.post_init()
+
+    @property
+    def family(self) -> Family:
+        """What there is to know of the base's family; `config.base_model_type` names it."""
+        return self.config.family
 
     @property
     def _decodes_tokens(self) -> bool:
         return self.config.channel_mode == "token"
-
-    def _new_decoder(self, spec: TaskSpec) -> SamMaskDecoder:
-        if self._decodes_tokens:
-            return MSamTokenDecoder(self.config.mask_decoder_config, spec.num_channels)
-        return SamMaskDecoder(self.config.mask_decoder_config)
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding of the image encoder, as transformers asks for it."""
@@ -144,7 +144,7 @@ class MSamForMultiTask(SamPreTrainedModel):
     @classmethod
     def from_sam(
         cls,
-        sam: SamModel | str | Path,
+        sam: PreTrainedModel | str | Path,
         tasks: Tasks,
         image_size: int | None = None,
         channel_mode: str = "prompt",
@@ -152,10 +152,11 @@ class MSamForMultiTask(SamPreTrainedModel):
         """Make an mSAM from a SAM: every task starts with a copy of its decoder and its no-mask embedding.
 
         Args:
-            sam: A `SamModel`, or the name or path of a checkpoint of one. It is not changed.
+            sam: A `SamModel`, `SamHQModel`, `Sam2Model` or `Sam3TrackerModel`, or the name or path of a checkpoint of one.
+                It is not changed.
             tasks: `{name: TaskSpec or its fields}`, ordered.
-            image_size: Side of the input images in pixels, a multiple of the patch size; position embeddings are
-                interpolated. That of `sam` when None.
+            image_size: Side of the input images in pixels, a multiple of the patch size (SAM 2: of 32, with the published
+                sizes); position embeddings are interpolated. That of `sam` when None.
             channel_mode: "prompt", one decoder pass per channel as published, or "token", one per task.
 
         Raises:
@@ -166,19 +167,24 @@ class MSamForMultiTask(SamPreTrainedModel):
         """
         if isinstance(sam, str | Path):
             sam = load_sam(sam)
-        if not isinstance(sam, SamModel):
-            raise TypeError(f"`sam` must be a SamModel or the name or path of one, got {type(sam).__name__}.")
+        family = family_of_model(sam)
+        if family is None:
+            known = " or a ".join(family.model_class.__name__ for family in FAMILIES.values())
+            raise TypeError(f"`sam` must be a {known}, or the name or path of one, got {type(sam).__name__}.")
         if any(isinstance(module, BaseTunerLayer) for module in sam.modules()):
             raise ValueError("`sam` has an adapter: merge it, or unload it, first.")
         check_plain(sam, "`sam`", LOAD_INSTEAD)
         vision_config = copy.deepcopy(sam.config.vision_config)
-        vision_config.image_size = checked_image_size(image_size, vision_config)
+        image_size = checked_image_size(image_size, family, vision_config)
+        if image_size != family.image_size(vision_config):
+            family.set_image_size(vision_config, image_size)
         config = MSamConfig(
             vision_config=vision_config,
             prompt_encoder_config=copy.deepcopy(sam.config.prompt_encoder_config),
-            mask_decoder_config=copy.deepcopy(sam.config.mask_decoder_config),
+            mask_decoder_config=family.decoder_config(copy.deepcopy(sam.config.mask_decoder_config)),
             tasks=parse_tasks(tasks),
             channel_mode=channel_mode,
+            base_model_type=family.model_type,
             initializer_range=sam.config.initializer_range,
         )
         config._attn_implementation = sam.config._attn_implementation
@@ -189,8 +195,8 @@ class MSamForMultiTask(SamPreTrainedModel):
         return model.train(sam.training)
 
     @torch.no_grad()
-    def _copy_weights(self, sam: SamModel) -> None:
-        self.vision_encoder.load_state_dict(encoder_state_for(self.config.vision_config, sam.vision_encoder))
+    def _copy_weights(self, sam: PreTrainedModel) -> None:
+        self.vision_encoder.load_state_dict(self.family.encoder_state(self.config.vision_config, sam.vision_encoder))
         self.shared_image_embedding.load_state_dict(sam.shared_image_embedding.state_dict())
         decoder_state = sam.mask_decoder.state_dict()
         for name, spec in self.task_specs.items():
@@ -199,6 +205,7 @@ class MSamForMultiTask(SamPreTrainedModel):
             self.no_mask_embeds[name].weight.copy_(
                 sam.prompt_encoder.no_mask_embed.weight.expand_as(self.no_mask_embeds[name].weight)
             )
+        self.family.copy_parts(self, sam)
 
     @classmethod
     def from_adapter(cls, path_or_hub_id: str | Path, base_model: Any = None, **kwargs: Any) -> Any:
@@ -217,12 +224,12 @@ class MSamForMultiTask(SamPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        image_embeddings: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        image_embeddings: Features | Mapping[str, Features] | None = None,
         tasks: Sequence[str] | str | None = None,
         task_ids: TaskRequest | None = None,
         labels: Mapping[str, torch.Tensor] | None = None,
         return_dict: bool | None = None,
-        trunk_states: torch.Tensor | None = None,
+        trunk_states: Any = None,
         task_chunk: int | None = None,
         loss_divisors: Mapping[str, float | torch.Tensor] | None = None,
         original_sizes: Any = None,
@@ -234,14 +241,15 @@ class MSamForMultiTask(SamPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(B, 3, image_size, image_size)`): Images, as `MSamProcessor` makes
                 them.
             image_embeddings (`torch.Tensor` of shape `(B, C, h, w)` or `dict`): Instead of pixel_values: the encoder's
-                output, a tensor with one task or with `task_ids`, else `{task: tensor}`.
+                output, a tensor with one task or with `task_ids`, else `{task: tensor}`. In the place of a tensor a tuple of
+                them, where the base's decoder takes features of several layers or resolutions: what `encode` gives.
             tasks (`list[str]`): The tasks wanted for every image; all of them by default.
             task_ids: One task per image: a LongTensor `(B,)`, or a list of names or indices. Not together with `tasks`.
             labels (`dict[str, torch.Tensor]`): Per task B rows at any resolution, integers `(B, H, W)` for "semantic"
                 and "parts" and numbers `(B, C, H, W)` for the other kinds. Rows of images that do not have the task,
                 and tasks that are not wanted, are ignored; a wanted task without labels is unlabelled.
             return_dict (`bool`): Return a tuple when False.
-            trunk_states (`torch.Tensor` of shape `(B, h, w, D)`): Instead of pixel_values: what `encode_trunk` gives. Tasks
+            trunk_states (`torch.Tensor` of shape `(B, h, w, D)`, or a tuple of such): Instead of pixel_values: what `encode_trunk` gives. Tasks
                 that are trained one after the other then share it, where nothing in it is trained.
             task_chunk (`int`): How many tasks run through the encoder as one batch: 1 takes the least memory. All of them
                 by default; with `task_ids` it does not matter.
@@ -290,15 +298,20 @@ class MSamForMultiTask(SamPreTrainedModel):
 
     def encode(
         self, pixel_values: torch.Tensor, tasks: Sequence[str] | str | None = None, task_chunk: int | None = None
-    ) -> dict[str, torch.Tensor]:
-        """The image embeddings (B, C, h, w) of the wanted tasks, to be passed to `forward` as `image_embeddings`."""
+    ) -> dict[str, Features]:
+        """The image embeddings (B, C, h, w) of the wanted tasks, to be passed to `forward` as `image_embeddings`.
+
+        Where the base's decoder takes more, they are tuples that end with it: of SAM 2 and 3 the features of two higher
+        resolutions come first, of SAM-HQ the first global block's output.
+        """
         check_inputs(self.config, pixel_values, None, None)
         return encode_tasks(self, pixel_values, None, wanted_tasks(self.task_specs, tasks), task_chunk)
 
-    def encode_trunk(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_trunk(self, pixel_values: torch.Tensor) -> Any:
         """The hidden states (B, h, w, D) before the first task-aware layer, to be passed to `forward` as `trunk_states`.
 
-        They are those of the adapters that are active now.
+        They are those of the adapters that are active now. Where later parts take more (SAM 2's feature pyramid, SAM-HQ's
+        decoder), they are a tuple.
         """
         check_inputs(self.config, pixel_values, None, None)
         return self.vision_encoder(pixel_values, trunk_only=True)
@@ -332,5 +345,11 @@ class MSamForMultiTask(SamPreTrainedModel):
             Per image `{task: prediction}`: a class map (H, W), a probability (H, W), metres (H, W), unit normals
             (3, H, W) or values (C, H, W).
         """
-        image_size = self.config.vision_config.image_size
-        return post_process(output.logits, self.task_specs, target_sizes, image_size, output.image_index)
+        return post_process(
+            output.logits,
+            self.task_specs,
+            target_sizes,
+            self.config.image_size,
+            output.image_index,
+            self.family.resizes_to_square,
+        )

@@ -1,7 +1,8 @@
 """Images and label maps on their way into an mSAM, and predictions on their way out.
 
 Images go through transformers' own SAM image processor: the longest side is resized to the model's image size, the
-values are normalised, and zeros fill up the square at the bottom and on the right. Label maps follow them.
+values are normalised, and zeros fill up the square at the bottom and on the right. For SAM 2 and SAM 3 they are stretched to
+the square instead, as the processors of these models do. Label maps follow them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, SamImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
@@ -46,6 +48,7 @@ class MSamProcessor(ImageProcessingMixin):
         tasks: The tasks, as [`parse_tasks`] takes them; needed for labels and for ``post_process``.
         image_mean: Mean of each of the three colours, of values in [0, 1]; default: ImageNet's, which is SAM's.
         image_std: Their standard deviation.
+        to_square: Whether images are stretched to the square, as for SAM 2 and SAM 3, or padded, as for SAM and SAM-HQ.
 
     Raises:
         ValueError: If the image size is not a positive integer or a task is not possible.
@@ -57,11 +60,15 @@ class MSamProcessor(ImageProcessingMixin):
         tasks: Tasks | None = None,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
+        to_square: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
             raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
+        if not isinstance(to_square, bool):
+            raise ValueError(f"to_square must be True or False, got {to_square!r}")
         self.image_size = image_size
+        self.to_square = to_square
         self.tasks = None if tasks is None else parse_tasks(tasks)
         self.image_mean = list(SamImageProcessorPil.image_mean if image_mean is None else image_mean)
         self.image_std = list(SamImageProcessorPil.image_std if image_std is None else image_std)
@@ -75,7 +82,10 @@ class MSamProcessor(ImageProcessingMixin):
     @classmethod
     def from_model(cls, msam: Any) -> MSamProcessor:
         """The processor for an ``MSamForMultiTask``, or for a PEFT model around one."""
-        return cls(msam.config.vision_config.image_size, tasks=msam.config.tasks or None)
+        config, family = msam.config, msam.config.family
+        return cls(
+            config.image_size, config.tasks or None, family.image_mean, family.image_std, family.resizes_to_square
+        )
 
     def __call__(self, images: Any, labels: Any = None, return_tensors: str = "pt") -> MSamBatch:
         """Process a batch.
@@ -108,16 +118,21 @@ class MSamProcessor(ImageProcessingMixin):
 
     def pixel_batch(self, arrays: Sequence[np.ndarray]) -> MSamBatch:
         """What ``processor(images)`` gives for images that [`image_array`] made: at least one, each uint8 (H, W, 3)."""
+        sizes = [image.shape[:2] for image in arrays]
+        if self.to_square:
+            square = (self.image_size, self.image_size)
+            arrays = [np.array(Image.fromarray(image).resize(square, Image.Resampling.BILINEAR)) for image in arrays]
         for image in arrays:
             check_sides(image.shape[:2], self.image_size)
         batch = MSamBatch(dict(self._images(list(arrays), input_data_format="channels_last", return_tensors="pt")))
+        batch["original_sizes"] = sizes
         for key in ("original_sizes", "reshaped_input_sizes"):
             batch[key] = torch.as_tensor(np.asarray(batch[key]), dtype=torch.long)
         return batch
 
     def restore(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits (B, N, h, w) of padded squares as (B, N, H, W) of images of a size (H, W), before any activation."""
-        return restore_logits(logits, size, self.image_size)
+        return restore_logits(logits, size, self.image_size, self.to_square)
 
     def post_process(
         self, output: Any, target_sizes: Any, tasks: Sequence[str] | None = None
@@ -136,7 +151,7 @@ class MSamProcessor(ImageProcessingMixin):
                 raise ValueError(f"the output has no logits for {missing}, only for {list(logits)}")
             logits = {name: logits[name] for name in tasks}
         image_index = getattr(output, "image_index", None)
-        return post_process(logits, self._tasks(), target_sizes, self.image_size, image_index)
+        return post_process(logits, self._tasks(), target_sizes, self.image_size, image_index, self.to_square)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> MSamProcessor:
@@ -159,6 +174,7 @@ class MSamProcessor(ImageProcessingMixin):
             "tasks": None if self.tasks is None else tasks_to_list(self.tasks),
             "image_mean": self.image_mean,
             "image_std": self.image_std,
+            "to_square": self.to_square,
         }
 
     def _tasks(self) -> dict[str, TaskSpec]:
@@ -177,7 +193,9 @@ class MSamProcessor(ImageProcessingMixin):
         return {
             name: torch.stack(
                 [
-                    square_label(spec, label_tensor(name, spec, row.get(name), tuple(size)), self.image_size)
+                    square_label(
+                        spec, label_tensor(name, spec, row.get(name), tuple(size)), self.image_size, self.to_square
+                    )
                     for row, size in zip(rows, sizes, strict=True)
                 ]
             )
@@ -191,6 +209,7 @@ def post_process(
     target_sizes: Any,
     image_size: int,
     image_index: Mapping[str, Tensor] | None = None,
+    to_square: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Predictions at the images' own resolution: the logits are enlarged, freed of the padding, and activated.
 
@@ -200,6 +219,7 @@ def post_process(
         target_sizes: (height, width) of each image, (B, 2).
         image_size: Side S of the model's input.
         image_index: ``{task: (B_t,)}``, the image that each row of the logits belongs to; default: B_t = B, in order.
+        to_square: Whether images were stretched to the square; else they were padded.
 
     Returns:
         For each image ``{task: prediction}``: semantic and parts (H, W) classes, int64; binary (H, W) probability;
@@ -218,5 +238,5 @@ def post_process(
             raise ValueError(f"task {name!r} has logits for {len(task_logits)} images, expected {len(images)}")
         for row, image in zip(task_logits, images, strict=True):
             activation = specs[name].task_kind.activation
-            predictions[image][name] = restored_map(row[None], sizes[image], image_size, activation)
+            predictions[image][name] = restored_map(row[None], sizes[image], image_size, activation, to_square)
     return predictions

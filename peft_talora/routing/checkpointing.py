@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .replay import checkpoint_context, replaying
 
@@ -85,10 +86,13 @@ def _route_checkpoints(module: nn.Module, args: tuple) -> None:
 
 
 def _held_by(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of a module, and those of its children that are lists or dicts of modules."""
+    """The children of a module, and those of its children that are lists or dicts of modules, or models.
+
+    Models: an mSAM's encoder calls the blocks of the backbone in it one by one, and not the backbone.
+    """
     for child in module.children():
         yield child
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | PreTrainedModel):
             yield from _held_by(child)
 
 

@@ -139,7 +139,7 @@ def _facts(model: PeftModel, weights: Path, license: str) -> str:
     return "\n".join(
         [
             f"- base model: {escaped(msam.name_or_path or 'not recorded')}",
-            f"- image size: {msam.config.vision_config.image_size} pixels",
+            f"- image size: {msam.config.image_size} pixels",
             f"- parameters saved: {saved:,} of {model.get_nb_trainable_parameters()[1]:,}, "
             f"{weights.stat().st_size:,} bytes",
             f"- licence: {escaped(license)}",

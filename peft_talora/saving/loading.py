@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..msam.adapter import MSAM_MODEL_TYPE, is_msam
+from ..msam.adapter import MSAM_MODEL_TYPE, check_same_family, is_msam
+from ..msam.families import family_of_model
 from ..msam.loading import checkpoint_type
 from .adapter import MSAM_FILE, SavedAdapter
 from .card import is_hub_id
@@ -89,7 +90,7 @@ def _base_msam(msam_class: MSamClass, base_model: Any, adapter: SavedAdapter) ->
         base_model = own
         if not base_model:
             raise ValueError(
-                f"'{adapter.directory}' does not say which SAM it was trained on: pass base_model=, a SamModel or the name "
+                f"'{adapter.directory}' does not say which SAM it was trained on: pass base_model=, a SAM or the name "
                 "or path of one."
             )
     if isinstance(base_model, str | Path) and checkpoint_type(base_model) == MSAM_MODEL_TYPE:
@@ -98,6 +99,9 @@ def _base_msam(msam_class: MSamClass, base_model: Any, adapter: SavedAdapter) ->
     if not (isinstance(base_model, PreTrainedModel) and is_msam(base_model)):
         recipe = {name: adapter.recipe[name] for name in ("tasks", "image_size", "channel_mode")}
         try:
+            family = None if isinstance(base_model, str | Path) else family_of_model(base_model)
+            if family is not None:
+                check_same_family(adapter.recipe, family.model_type, own)
             msam = msam_class.from_sam(base_model, **recipe)
         except ValueError as error:
             raise ValueError(f"The mSAM of {adapter.recipe_file} could not be made: {error}") from error

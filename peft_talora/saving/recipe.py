@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..msam.configuration import CHANNEL_MODES
+from ..msam.families import FAMILIES
 from ..msam.tasks import TaskSpec, parse_tasks
 from ..tuner.config import check_positive_int
 from .tensors import Shape
@@ -50,6 +51,8 @@ def _check_values(fields: Mapping[str, Any], tasks: list[str] | None) -> dict[st
     if fields["channel_mode"] not in CHANNEL_MODES:
         raise ValueError(f"`channel_mode` must be one of {CHANNEL_MODES}, got {fields['channel_mode']!r}.")
     check_positive_int("image_size", fields["image_size"])
+    if fields.get("base_model_type", "sam") not in list(FAMILIES):
+        raise ValueError(f"`base_model_type` must be one of {list(FAMILIES)}, got {fields['base_model_type']!r}.")
     return specs
 
 

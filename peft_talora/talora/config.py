@@ -12,6 +12,8 @@ from ..routing.names import validate_task_names
 from ..saving.tensors import Shape, check_sizes
 from ..tuner.config import TargetsConfig, check_number, check_positive_int, check_probability
 
+# the names of projections that are no fused one
+SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 INIT_WEIGHTS = (True, False, "split", "lora", "orthogonal", "normalized")
 
 
@@ -53,8 +55,8 @@ class TALoraConfig(TargetsConfig):
             How many of the tasks, the last ones, came later by [`add_task`], which fills it. An mSAM encodes each of them in a
             batch of its own: the others then keep the products they had, to the last bit.
         target_modules (`list[str]` or `str`, *optional*):
-            Names of the modules to adapt, or a regular expression. The fused `qkv` of the vision encoder for SAM
-            models when None.
+            Names of the modules to adapt, or a regular expression. When None, for the models of the SAM family: the fused
+            `qkv` of the vision encoder, and for SAM 3 the `q_proj` and `v_proj` of the vision encoder alone.
         exclude_modules (`list[str]` or `str`, *optional*): Names or a regular expression of modules to leave alone.
         layers_to_transform (`list[int]` or `int`, *optional*): Adapt only the layers with these indices.
         layers_pattern (`list[str]` or `str`, *optional*): The name of the layers' list, where it is uncommon.
@@ -154,6 +156,26 @@ class TALoraConfig(TargetsConfig):
                 f"{len(self.tasks)} in TALoraConfig.",
                 stacklevel=2,
             )
+
+    def num_enabled_outputs(self, out_features: int, name: str) -> int:
+        """How many outputs of the layer `name` are updated: all of its `out_features`, or the thirds of `enable_qkv`.
+
+        Raises:
+            ValueError: There is a choice of thirds, and the layer is no fused q/k/v projection.
+        """
+        if self.enable_qkv is None:
+            return out_features
+        if name.rpartition(".")[2] in SEPARATE_PROJECTIONS:
+            raise ValueError(
+                f"`enable_qkv` is for a fused q/k/v projection, but the layer '{name}' is one of separate ones: choose "
+                "among them with target_modules."
+            )
+        if out_features % 3:
+            raise ValueError(
+                f"`enable_qkv` is for a fused q/k/v projection of three equal parts, but the layer '{name}' has "
+                f"{out_features} output features, which is not divisible by 3."
+            )
+        return sum(self.enable_qkv) * (out_features // 3)
 
     def _check_enable_qkv(self) -> None:
         if self.enable_qkv is None:

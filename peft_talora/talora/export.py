@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..msam.adapter import is_msam
+from ..msam.families import side
 from ..routing.requests import task_index
 from ..saving.directory import written_aside
 from .layer import TALoraLinear
@@ -133,9 +134,9 @@ def _also_matched(base: nn.Module, names: Iterable[str]) -> list[str]:
 def _check_image_size(base: nn.Module) -> None:
     if not is_msam(base):
         return
-    own, sams = base.config.vision_config.image_size, base.config.prompt_encoder_config.image_size
+    own, sams = base.config.image_size, side(base.config.prompt_encoder_config.image_size)
     if own != sams:
         raise ValueError(
             f"The mSAM works at image_size={own}, its SAM at {sams}: a LoRA cannot carry the resized position "
-            "embeddings. Use task_to_sam, which gives a whole SamModel."
+            "embeddings. Use task_to_sam, which gives a whole model."
         )

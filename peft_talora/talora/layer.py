@@ -62,7 +62,7 @@ class TALoraLayer(MergingLayer):
             config: The adapter's configuration; its `tasks` must be set.
             name: The layer's full name in the model, for error messages.
         """
-        num_enabled = self._num_enabled_outputs(config, name)
+        num_enabled = config.num_enabled_outputs(self.out_features, name)
         p, q, v = config.rank_in, config.rank_out, config.r_task
         self.r_in[adapter_name] = p
         self.r_out[adapter_name] = q
@@ -103,16 +103,6 @@ class TALoraLayer(MergingLayer):
         self.talora_own_row[adapter_name] = nn.Parameter(row[None].clone())
         # for PEFT it is a parameter of the adapter like the others, of this layer
         self.adapter_layer_names = (*type(self).adapter_layer_names, "talora_own_row")
-
-    def _num_enabled_outputs(self, config: TALoraConfig, name: str) -> int:
-        if config.enable_qkv is None:
-            return self.out_features
-        if self.out_features % 3:
-            raise ValueError(
-                f"`enable_qkv` is for a fused q/k/v projection of three equal parts, but the layer '{name}' has "
-                f"{self.out_features} output features, which is not divisible by 3."
-            )
-        return sum(config.enable_qkv) * (self.out_features // 3)
 
     @torch.no_grad()
     def reset_talora_parameters(self, adapter_name: str, init_weights: bool | str) -> None:

@@ -76,7 +76,9 @@ class TargetsConfig(PeftConfig):
 
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Names or a regular expression of the modules to adapt; the fused qkv of SAM when None."},
+        metadata={
+            "help": "Names or a regular expression of the modules to adapt; SAM's qkv (or q_proj and v_proj) when None."
+        },
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression of the modules to leave alone."}

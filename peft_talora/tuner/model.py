@@ -9,16 +9,33 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from ..msam.adapter import prepare_for_msam
+from ..msam.adapter import MSAM_MODEL_TYPE, prepare_for_msam
 from ..routing.checkpointing import add_checkpoint_hooks, remove_checkpoint_hooks
 from ..saving.settings import check_settings, split_settings, with_settings
 from ..saving.tensors import check_adapter_state, without_unsaved
 
-# the fused q/k/v projection of the vision encoder; a list, since a regular expression would rule out
-# `layers_to_transform`
+# Lists of names: a regular expression would rule out `layers_to_transform`.
+# The fused q/k/v projection of the vision encoder.
+FUSED = ["qkv"]
+# The projections of SAM 3's vision encoder, whose blocks alone call their attention "attention": the text encoder's, the
+# DETR's and the mask decoder's projections have the same names.
+SEPARATE = ["attention.q_proj", "attention.v_proj"]
 DEFAULT_TARGET_MODULES = {
-    model_type: ["qkv"] for model_type in ("sam", "sam_vision_model", "sam_hq", "sam_hq_vision_model", "msam")
+    "sam": FUSED,
+    "sam_vision_model": FUSED,
+    "sam_hq": FUSED,
+    "sam_hq_vision_model": FUSED,
+    "sam2": FUSED,
+    "sam2_vision_model": FUSED,
+    "sam2_hiera_det_model": FUSED,
+    "sam3": SEPARATE,
+    "sam3_vision_model": SEPARATE,
+    "sam3_vit_model": SEPARATE,
+    "sam3_tracker": SEPARATE,
+    MSAM_MODEL_TYPE: FUSED,
 }
+# Encoders whose layers may be in a list of the model itself: PEFT finds no index in "blocks.0.attn.qkv" without its name.
+ENCODERS = ("sam_vision_model", "sam_hq_vision_model", "sam2_hiera_det_model", "sam3_vit_model")
 
 
 class PluginTuner(BaseTuner):
@@ -51,8 +68,16 @@ class PluginTuner(BaseTuner):
         parameter = cls.tuner_layer_cls.adapter_layer_names[-1]
         return with_settings(state, config.settings(), f"{parameter}.{adapter_name}")
 
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        """As in PEFT; an mSAM's default targets are those of its base."""
+        if peft_config.target_modules is None and model_config["model_type"] == MSAM_MODEL_TYPE:
+            peft_config.target_modules = set(self.target_module_mapping[model_config["base_model_type"]])
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         prepare_for_msam(peft_config, model)
+        if peft_config.layers_to_transform is not None and peft_config.layers_pattern is None:
+            peft_config.layers_pattern = _own_lists(model) or None
 
     def _layer_kwargs(self) -> dict[str, Any]:
         return {}
@@ -111,6 +136,13 @@ class PluginTuner(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         self._remove_hooks()
         return model
+
+
+def _own_lists(model: nn.Module) -> list[str]:
+    """The names of the lists of layers that an encoder of the SAM family holds itself; none for other models."""
+    if getattr(getattr(model, "config", None), "model_type", None) not in ENCODERS:
+        return []
+    return [name for name, child in model.named_children() if isinstance(child, nn.ModuleList)]
 
 
 def _is_linear(layer: nn.Module, quantization_kwargs: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import SamImageProcessorPil
 
 from peft_talora.losses import task_loss
+from peft_talora.msam.configuration import MSamConfig
 from peft_talora.msam.labels import label_tensor, resize_label
 from peft_talora.msam.processing import MSamProcessor, post_process, reshaped_size
 from peft_talora.msam.tasks import TaskSpec
@@ -263,7 +264,7 @@ def test_loading_may_change_what_was_saved(tmp_path):
 
 
 def test_from_model():
-    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=96), tasks=[{"name": "far", "kind": "depth"}])
+    config = MSamConfig(vision_config={"image_size": 96}, tasks=[{"name": "far", "kind": "depth"}])
     processor = MSamProcessor.from_model(SimpleNamespace(config=config))
     assert processor.image_size == 96
     assert processor.tasks == {"far": TaskSpec("depth")}

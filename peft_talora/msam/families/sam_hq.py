@@ -1,0 +1,115 @@
+"""SAM-HQ (arXiv 2306.01567)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import SamHQModel
+from transformers.models.sam_hq.modeling_sam_hq import (
+    SamHQMaskDecoder,
+    SamHQPositionalEmbedding,
+    SamHQVisionEncoder,
+    SamHQVisionEncoderOutput,
+)
+
+from ..split import Features, SplitEncoder
+from .sam import SamFamily
+
+States = tuple[torch.Tensor, ...]
+
+
+class MSamHQVisionEncoder(SplitEncoder, SamHQVisionEncoder):
+    """SAM-HQ's vision encoder, in two parts.
+
+    Its hidden states are those of the last block, (B, h, w, D), and after the first global block those of that block, which
+    the decoder fuses with the image embedding.
+    """
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer's layers."""
+        return self.layers
+
+    def stem(self, pixel_values: torch.Tensor) -> States:
+        """Patches with their positions."""
+        states = self.patch_embed(pixel_values)
+        return (states if self.pos_embed is None else states + self.pos_embed,)
+
+    def step(self, index: int, states: States) -> States:
+        """A block; the first global one is kept."""
+        block = self.layers[index]
+        hidden = block(states[0])
+        return (hidden, hidden) if block.window_size == 0 and len(states) == 1 else (hidden, *states[1:])
+
+    def head(self, states: States) -> SamHQVisionEncoderOutput:
+        """The neck."""
+        return SamHQVisionEncoderOutput(
+            last_hidden_state=self.neck(states[0]), intermediate_embeddings=list(states[1:])
+        )
+
+
+class SamHQFamily(SamFamily):
+    """SAM-HQ: SAM with a further mask token, on features that fuse the image embedding with the first global block's.
+
+    Its mask is the sum of SAM's and of that of the further token, which is the plain model's default (the other path,
+    `hq_token_only`, leaves SAM's mask out): both are trained, from what the plain model predicts.
+    """
+
+    model_type = "sam_hq"
+    checkpoint_types = ("sam_hq",)
+    model_class = SamHQModel
+
+    def feature_shapes(self, vision_config: Any) -> tuple[tuple[int, int, int], ...]:
+        """The first global block's output, and the image embedding."""
+        own = super().feature_shapes(vision_config)
+        return (super().trunk_shape(vision_config), *own) if vision_config.global_attn_indexes else own
+
+    def trunk_shape(self, vision_config: Any) -> None:
+        """A tuple."""
+        return None
+
+    def check(self, config: Any) -> None:
+        """Token mode would add the one mask of the further token to all channels."""
+        if config.channel_mode == "token":
+            raise ValueError(
+                "channel_mode='token' is not possible with a SamHQModel: its high-quality token gives one mask, which all "
+                "channels would share. Use channel_mode='prompt'."
+            )
+
+    def encoder(self, vision_config: Any) -> nn.Module:
+        """SAM-HQ's encoder."""
+        return MSamHQVisionEncoder(vision_config)
+
+    def position_embedding(self, config: Any) -> nn.Module:
+        """Random Fourier features."""
+        return SamHQPositionalEmbedding(config.vision_config)
+
+    def decoder(self, config: Any, num_channels: int) -> nn.Module:
+        """SAM-HQ's own decoder."""
+        return SamHQMaskDecoder(config.mask_decoder_config)
+
+    def features(self, model: Any, output: Any) -> Features:
+        """What `feature_shapes` says."""
+        return (*output.intermediate_embeddings[:1], output.last_hidden_state)
+
+    def decode(
+        self, model: Any, name: str, features: Features, no_mask: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        """One decoder pass per channel."""
+        batch_size, num_channels = features[-1].shape[0], no_mask.shape[0]
+        *first_global, embedding = (level.repeat_interleave(num_channels, dim=0) for level in features)
+        masks, _ = model.mask_decoders[name](
+            image_embeddings=embedding,
+            image_positional_embeddings=position,
+            sparse_prompt_embeddings=None,
+            dense_prompt_embeddings=no_mask.repeat(batch_size, 1)[:, :, None, None],
+            multimask_output=False,
+            hq_token_only=False,
+            intermediate_embeddings=first_global,
+        )
+        return masks.reshape(batch_size, num_channels, *masks.shape[-2:])
+
+
+FAMILY = SamHQFamily()
