@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
+from transformers.models.sam_hq.modeling_sam_hq import SamHQVisionAttention, SamHQVisionSdpaAttention
 
 from .tiled import tiled_attention
 
@@ -15,7 +16,7 @@ from .tiled import tiled_attention
 ALIGNMENT = 8
 
 
-class LeanSamVisionAttention(SamVisionAttention):
+class LeanAttention:
     r"""SAM's attention with decomposed relative positions, in memory linear in the number of tokens N = H W.
 
     Query i at (y, x) and key j at (y', x') have the logit
@@ -28,7 +29,12 @@ class LeanSamVisionAttention(SamVisionAttention):
 
     of H + W more channels, so that `scaled_dot_product_attention` needs no mask and its flash kernels apply. The products are
     larger then, which costs GPUs less than the N x N tensor and CPUs more: those go [`tile by tile`][tiled_attention].
+
+    It comes before the model's own attention among the bases.
     """
+
+    # transformers' sdpa attention has none
+    has_dropout: bool
 
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool | None = None
@@ -37,7 +43,7 @@ class LeanSamVisionAttention(SamVisionAttention):
         batch_size, height, width, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).reshape(batch_size, height * width, 3, self.num_attention_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.dropout if self.training and not isinstance(self, SamVisionSdpaAttention) else 0.0
+        dropout = self.dropout if self.training and self.has_dropout else 0.0
         if not self.use_rel_pos:
             output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
         else:
@@ -56,8 +62,28 @@ class LeanSamVisionAttention(SamVisionAttention):
         return rows.flatten(2, 3), columns.flatten(2, 3)
 
 
+class LeanSamVisionAttention(LeanAttention, SamVisionAttention):
+    """For SAM's eager attention."""
+
+    has_dropout = True
+
+
 class LeanSamVisionSdpaAttention(LeanSamVisionAttention, SamVisionSdpaAttention):
-    """The same in the place of transformers' sdpa attention, which has no dropout."""
+    """For SAM's sdpa attention."""
+
+    has_dropout = False
+
+
+class LeanSamHQVisionAttention(LeanAttention, SamHQVisionAttention):
+    """For SAM-HQ's eager attention."""
+
+    has_dropout = True
+
+
+class LeanSamHQVisionSdpaAttention(LeanSamHQVisionAttention, SamHQVisionSdpaAttention):
+    """For SAM-HQ's sdpa attention."""
+
+    has_dropout = False
 
 
 def _prefers_tiles(query: torch.Tensor) -> bool:
@@ -91,12 +117,19 @@ def one_hot_positions(height: int, width: int, like: torch.Tensor) -> torch.Tens
     return torch.cat([rows, columns], dim=1)
 
 
-_LEAN = {SamVisionAttention: LeanSamVisionAttention, SamVisionSdpaAttention: LeanSamVisionSdpaAttention}
+_LEAN = {
+    SamVisionAttention: LeanSamVisionAttention,
+    SamVisionSdpaAttention: LeanSamVisionSdpaAttention,
+    SamHQVisionAttention: LeanSamHQVisionAttention,
+    SamHQVisionSdpaAttention: LeanSamHQVisionSdpaAttention,
+}
 _PLAIN = {lean: plain for plain, lean in _LEAN.items()}
 
 
 def lean_attention(model: nn.Module, enabled: bool = True) -> Any:
-    """Let a SAM's image encoder attend without the N x N position bias, exactly; or undo it.
+    """Let the image encoder of a SAM or SAM-HQ attend without the N x N position bias, exactly; or undo it.
+
+    SAM 2 and SAM 3 have no such bias.
 
     Parameters, adapters, hooks and state dict stay as they are. Attention weights cannot be recorded meanwhile. Saving is
     as ever; a loaded model is not lean until it is asked for again.
@@ -109,10 +142,12 @@ def lean_attention(model: nn.Module, enabled: bool = True) -> Any:
         `model`, changed in place.
 
     Raises:
-        ValueError: There is no attention of SAM in the model.
+        ValueError: There is no attention of SAM or SAM-HQ in the model.
     """
     replacements = _LEAN if enabled else _PLAIN
-    attentions = [module for module in model.modules() if isinstance(module, SamVisionAttention)]
+    attentions = [
+        module for module in model.modules() if isinstance(module, SamVisionAttention | SamHQVisionAttention)
+    ]
     if not attentions:
         raise ValueError(f"lean_attention needs a model with SAM's vision encoder, got {type(model).__name__}.")
     for module in attentions:

@@ -386,6 +386,19 @@ class TestProcessing:
         assert means["sam3_tracker"] == pytest.approx(1.0) and means["sam2"] == pytest.approx(means["sam"])
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_lean_attention_of_sam_hq(attention):
+    sam, pixels = make("sam_hq"), images("sam_hq")
+    sam.set_attn_implementation(attention)
+    model = tune(MSamForMultiTask.from_sam(sam, TASKS))
+    expected = predict(model, pixels)
+    before = type(model.vision_encoder.layers[0].attn)
+    assert type(lean_attention(model).vision_encoder.layers[0].attn) is not before
+    # eager attention takes its softmax in float32
+    assert_same(predict(model, pixels), expected, atol=1e-4 if attention == "eager" else 1e-10)
+    assert type(lean_attention(model, enabled=False).vision_encoder.layers[0].attn) is before
+
+
 @pytest.mark.parametrize("family", HIGH_RESOLUTION)
 def test_lean_attention_has_nothing_to_spare(family):
     with pytest.raises(ValueError, match="lean_attention needs a model with SAM's vision encoder"):
