@@ -345,11 +345,5 @@ class MSamForMultiTask(SamPreTrainedModel):
             Per image `{task: prediction}`: a class map (H, W), a probability (H, W), metres (H, W), unit normals
             (3, H, W) or values (C, H, W).
         """
-        return post_process(
-            output.logits,
-            self.task_specs,
-            target_sizes,
-            self.config.image_size,
-            output.image_index,
-            self.family.resizes_to_square,
-        )
+        specs, size, to_square = self.task_specs, self.config.image_size, self.family.resizes_to_square
+        return post_process(output.logits, specs, target_sizes, size, output.image_index, to_square)
