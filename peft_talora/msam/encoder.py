@@ -53,7 +53,7 @@ class SplitEncoder:
             **kwargs: Those of the encoder's own forward, where it runs as a whole.
         """
         if trunk_states is None and branches is None and not trunk_only:
-            return super().forward(pixel_values, **kwargs)
+            return super().forward(pixel_values, **kwargs)  # type: ignore[misc]
         states = (
             self._run_blocks(self.stem(pixel_values), 0, self._parting()) if trunk_states is None else trunk_states
         )
@@ -134,7 +134,8 @@ def encode_tasks(
         return dict.fromkeys(names, encoder(pixel_values, trunk_states=trunk_states).last_hidden_state)
     if trunk_states is None and len(names) > chunk_size:
         pixel_values, trunk_states = None, encoder(pixel_values, trunk_only=True)
-    indices, embeddings = {name: index for index, name in enumerate(model.task_specs)}, {}
+    indices = {name: index for index, name in enumerate(model.task_specs)}
+    embeddings: dict[str, torch.Tensor] = {}
     for start in range(0, len(names), chunk_size):
         chunk = names[start : start + chunk_size]
         branches = [indices[name] for name in chunk]
