@@ -5,7 +5,7 @@
     python examples/compare.py --report       # tables and plot of what is finished, without a run
 
 Every number comes from a run of train_multitask.py with its own folder in OUTPUT_DIR/runs. What is finished is not run
-again, and what was interrupted goes on, so that the same command, or one that asks for more, can be given any time.
+again, and what was interrupted is resumed, so that the same command, or one that asks for more, can be given any time.
 The learning rate of a method is the best of three on the validation split with the first seed: its default times 0.4, 1
 and 2.5. The decoders' is chosen first, by decoder-only training, and serves all methods. LoRA has the rank at which it
 has as many parameters as TA-LoRA; one LoRA per task, all of them together.

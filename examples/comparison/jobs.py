@@ -55,7 +55,7 @@ class Job:
         return json.loads(metrics.read_text()) if metrics.is_file() else None
 
     def run(self, threads: int | None) -> dict:
-        """Train, or go on with training, unless it is finished: metrics.json.
+        """Train, or resume training, unless it is finished: metrics.json.
 
         Raises:
             RuntimeError: The script failed; the message names its log and has the last line of it.
@@ -75,7 +75,7 @@ class Job:
         if code != 0:
             lines = log.read_text(errors="replace").strip().splitlines() or ["it is empty"]
             raise RuntimeError(f"{self.folder}: the training script ended with code {code}, see {log}: {lines[-1]}")
-        # what a finished run goes on from is of no use any more
+        # what a finished run would resume from is of no use any more
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         return self.result()
 

@@ -27,7 +27,7 @@ class Data:
         test: Rows to evaluate on.
         tasks: {name: TaskSpec}.
         validation: Rows by which the best adapter is chosen, where there are any.
-        identity: What else a resumed run must have in common with the run that it goes on with.
+        identity: What else a resumed run must have in common with the run before it.
         make_dataset: Makes items to train on of rows, as `MultiTaskDataset` does.
     """
 
