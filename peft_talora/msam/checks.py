@@ -9,6 +9,7 @@ import torch
 
 from ..losses import check_labels
 from ..routing.requests import TaskRequest, resolve_task
+from ..tuner.checks import is_int
 from .configuration import MSamConfig
 from .families import Family
 from .tasks import TaskSpec
@@ -120,7 +121,7 @@ def checked_image_size(image_size: int | None, family: Family, vision_config: An
     if image_size is None:
         return family.image_size(vision_config)
     step, name = family.image_size_step(vision_config), family.image_size_step_name
-    if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < step or image_size % step:
+    if not is_int(image_size, step) or image_size % step:
         raise ValueError(f"`image_size` must be a positive multiple of {name} {step}, got {image_size!r}.")
     return image_size
 
@@ -128,6 +129,6 @@ def checked_image_size(image_size: int | None, family: Family, vision_config: An
 def checked_chunk(task_chunk: int | None, num_tasks: int) -> int:
     """`task_chunk`, a number of tasks; all of them when None."""
     size = num_tasks if task_chunk is None else task_chunk
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if not is_int(size, 1):
         raise ValueError(f"`task_chunk` must be a positive number of tasks, got {size!r}.")
     return size

@@ -42,7 +42,8 @@ def encode_tasks(
     chunks = _chunks(list(model.task_specs), names, chunk_size, number_added(encoder))
     if trunk_states is None and len(chunks) > 1:
         pixel_values, trunk_states = None, encoder(pixel_values, trunk_only=True)
-    indices, embeddings = {name: index for index, name in enumerate(model.task_specs)}, {}
+    indices = {name: index for index, name in enumerate(model.task_specs)}
+    embeddings: dict[str, Features] = {}
     for chunk in chunks:
         branches = [indices[name] for name in chunk]
         output = encoder(pixel_values, trunk_states=trunk_states, branches=branches)

@@ -18,6 +18,7 @@ from transformers import BatchFeature, SamImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..pictures import image_array
+from ..tuner.checks import is_int
 from .geometry import check_sides, reshaped_size, restore_logits, restored_map
 from .labels import label_tensor, square_label
 from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
@@ -63,7 +64,7 @@ class MSamProcessor(ImageProcessingMixin):
         to_square: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
+        if not is_int(image_size, 1):
             raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
         if not isinstance(to_square, bool):
             raise ValueError(f"to_square must be True or False, got {to_square!r}")
@@ -194,7 +195,10 @@ class MSamProcessor(ImageProcessingMixin):
             name: torch.stack(
                 [
                     square_label(
-                        spec, label_tensor(name, spec, row.get(name), tuple(size)), self.image_size, self.to_square
+                        spec,
+                        label_tensor(name, spec, row.get(name), (size[0], size[1])),
+                        self.image_size,
+                        self.to_square,
                     )
                     for row, size in zip(rows, sizes, strict=True)
                 ]
@@ -228,7 +232,7 @@ def post_process(
     Raises:
         ValueError: If a task is unknown or its logits are not as many as the images.
     """
-    sizes = [tuple(int(side) for side in size) for size in target_sizes]
+    sizes = [(int(height), int(width)) for height, width in target_sizes]
     predictions: list[dict[str, Tensor]] = [{} for _ in sizes]
     for name, task_logits in logits.items():
         if name not in specs:

@@ -10,7 +10,8 @@ from typing import Any
 from ..registration import add_peft_type
 from ..routing.names import validate_task_names
 from ..saving.tensors import Shape, check_sizes
-from ..tuner.config import TargetsConfig, check_number, check_positive_int, check_probability
+from ..tuner.checks import check_number, check_positive_int, check_probability
+from ..tuner.config import TargetsConfig
 
 # the names of projections that are no fused one
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -136,7 +137,7 @@ class TALoraConfig(TargetsConfig):
 
     def check_active_task(self) -> None:
         """Raise ValueError unless `active_task` is one of `tasks`."""
-        if self.active_task is not None and self.active_task not in self.tasks:
+        if self.active_task is not None and self.active_task not in (self.tasks or []):
             raise ValueError(f"`active_task` must be one of the tasks {self.tasks}, got {self.active_task!r}.")
 
     def _check_added_tasks(self) -> None:
@@ -149,11 +150,12 @@ class TALoraConfig(TargetsConfig):
     def warn_of_shared_starts(self) -> None:
         """Warn where tasks that were to start as LoRAs of their own share one."""
         shares = min(self.r_task, self.rank_in, self.rank_out)
-        if self.init_weights == "split" and shares < len(self.tasks) and not self.settings_on_file:
+        tasks = self.tasks or []
+        if self.init_weights == "split" and shares < len(tasks) and not self.settings_on_file:
             warnings.warn(
-                f"With init_weights='split' the {len(self.tasks)} tasks share {shares} LoRAs at the start, so that "
-                f"'{self.tasks[0]}' and '{self.tasks[shares]}' start alike: set r_task (now {self.r_task}) and r to at least "
-                f"{len(self.tasks)} in TALoraConfig.",
+                f"With init_weights='split' the {len(tasks)} tasks share {shares} LoRAs at the start, so that "
+                f"'{tasks[0]}' and '{tasks[shares]}' start alike: set r_task (now {self.r_task}) and r to at least "
+                f"{len(tasks)} in TALoraConfig.",
                 stacklevel=2,
             )
 
