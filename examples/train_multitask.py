@@ -35,7 +35,7 @@ import peft_talora as pt
 from peft_talora.data import MultiTaskDataset, collate, collate_own_size
 from peft_talora.losses import labelled_per_forward
 from peft_talora.metrics import MultiTaskMetrics
-from peft_talora.msam.loading import load_sam
+from peft_talora.msam.loading import image_size_of, load_sam
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pictures import draw_predictions
@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Data] = load_data) -
         claim = folder.claimed(args.output_dir, args.overwrite, args.resume)
         on_main_process(accelerator, lambda: stack.enter_context(claim))
         model = load_adapter(args) if args.init_from else None
-        image_size = args.image_size or load_sam(args.base).config.vision_config.image_size
+        image_size = args.image_size or image_size_of(load_sam(args.base))
         with accelerator.main_process_first():
             data = check_data(args, load(args, image_size) if model is None else adapter_data(args, model, load))
         accelerator.init_trackers("peft_talora", config={name: str(value) for name, value in vars(args).items()})

@@ -25,9 +25,11 @@ def adapted_layers(encoder: nn.Module, targets: str, layers: str) -> dict[str, A
         layers: "all", or "last-half": what comes before is the same for all tasks, and runs once for all of them.
     """
     names = {name.rpartition(".")[2] for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
-    blocks = len(encoder.layers)
+    blocks = len(encoder.blocks)
+    fused = [name for name in names if name == "qkv"]
     return {
-        "target_modules": sorted(names) if targets == "all" else ["qkv"],
+        # as the tuners' defaults: SAM 3 has no fused projection
+        "target_modules": sorted(names) if targets == "all" else fused or ["q_proj", "v_proj"],
         "layers_to_transform": list(range(blocks // 2, blocks)) if layers == "last-half" else None,
     }
 
@@ -44,7 +46,7 @@ def load_adapter(args: argparse.Namespace):
     # in the adapter's configuration, and not always one of the choices here
     args.targets = args.layers = None
     args.base, args.channel_mode = msam.name_or_path, msam.config.channel_mode
-    args.image_size = msam.config.vision_config.image_size
+    args.image_size = msam.config.image_size
     return model
 
 

@@ -16,7 +16,7 @@ from .tiled import tiled_attention
 ALIGNMENT = 8
 
 
-class LeanAttention:
+class LeanAttention(nn.Module):
     r"""SAM's attention with decomposed relative positions, in memory linear in the number of tokens N = H W.
 
     Query i at (y, x) and key j at (y', x') have the logit

@@ -91,7 +91,7 @@ def check_same_msam(fields: Mapping[str, Any], config: Any, base_name: str | Non
             raise ValueError(f"The adapter was trained with {name}={fields[name]}, the base model has {own[name]}.")
 
 
-def check_same_family(fields: dict[str, Any], base_model_type: str, base_name: str | None = None) -> None:
+def check_same_family(fields: Mapping[str, Any], base_model_type: str, base_name: str | None = None) -> None:
     """Raise ValueError unless an adapter with these [`msam_fields`] is one for a base of this family.
 
     Args:

@@ -7,6 +7,7 @@ takes others beside it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,10 +86,11 @@ def embeddings_by_task(embeddings: Any, image_index: Mapping[str, torch.Tensor])
     """The features of each task's images, of those of all images and the rows of each task."""
     if isinstance(embeddings, Mapping):
         raise ValueError("With task_ids, image_embeddings must be one tensor (B, C, h, w), got a dict.")
-    return {
-        name: map_tensors(lambda level, rows=rows: level[rows.to(level.device)], embeddings)
-        for name, rows in image_index.items()
-    }
+    return {name: map_tensors(functools.partial(_rows_of, rows), embeddings) for name, rows in image_index.items()}
+
+
+def _rows_of(rows: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    return level[rows.to(level.device)]
 
 
 def given_embeddings(embeddings: Features | Mapping[str, Features], names: list[str]) -> dict[str, Features]:

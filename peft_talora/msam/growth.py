@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .decoder import MSamTokenDecoder, token_decoder_state
+from .decoder import token_decoder_state
 from .loading import check_plain
 from .modeling import MSamForMultiTask
 from .tasks import TaskSpec, parse_tasks, tasks_to_list
@@ -63,7 +63,7 @@ class MSamGrowth:
 
     def _new_embedding(self) -> nn.Embedding:
         """The SAM's no-mask embedding, for each channel."""
-        sams = None
+        sams: Any = None
         for task, module in self._base_modules("no_mask_embeds"):
             weight = module.weight.detach()
             sams = weight[:1] if sams is None else sams
@@ -73,16 +73,18 @@ class MSamGrowth:
 
     def _new_decoder(self) -> nn.Module:
         """The SAM's mask decoder."""
-        decoder, sams = None, {}
+        decoder: Any = None
+        sams: dict[str, torch.Tensor] = {}
+        decodes_tokens = self.msam.config.channel_mode == "token"
         for task, module in self._base_modules("mask_decoders"):
             state = module.state_dict()
-            state = token_decoder_state(state, 1) if isinstance(module, MSamTokenDecoder) else state
+            state = token_decoder_state(state, 1) if decodes_tokens else state
             decoder, sams = (module, state) if decoder is None else (decoder, sams)
             self._check_is_sams("mask_decoders", task, [(value, sams[key]) for key, value in state.items()])
-        if not isinstance(decoder, MSamTokenDecoder):
+        if not decodes_tokens:
             return copy.deepcopy(decoder)
         channels, weight = self.specs[self.name].num_channels, decoder.mask_tokens.weight
-        new = MSamTokenDecoder(self.msam.config.mask_decoder_config, channels)
+        new = self.msam.family.decoder(self.msam.config, channels)
         new.load_state_dict(token_decoder_state(decoder.state_dict(), channels))
         return new.to(device=weight.device, dtype=weight.dtype)
 

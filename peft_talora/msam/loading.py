@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .families import FAMILIES, family_of_checkpoint
+from .families import FAMILIES, family_of_checkpoint, family_of_model
 
 
 def load_sam(name_or_path: str | Path) -> PreTrainedModel:
@@ -29,6 +29,18 @@ def load_sam(name_or_path: str | Path) -> PreTrainedModel:
         return family.model_class.from_pretrained(_source(name_or_path))
     except OSError as error:
         raise _not_found(name_or_path, error) from error
+
+
+def image_size_of(sam: PreTrainedModel) -> int:
+    """The side in pixels of the images that a SAM of one of the families takes.
+
+    Raises:
+        ValueError: It is of none.
+    """
+    family = family_of_model(sam)
+    if family is None:
+        raise ValueError(f"A {type(sam).__name__} is no SAM, expected one of {', '.join(FAMILIES)}.")
+    return family.image_size(sam.config.vision_config)
 
 
 def checkpoint_type(name_or_path: str | Path) -> str:

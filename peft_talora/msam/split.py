@@ -31,7 +31,7 @@ def is_task_aware(module: nn.Module) -> bool:
     return any(getattr(layer, "is_task_aware", False) for layer in module.modules())
 
 
-class SplitEncoder:
+class SplitEncoder(nn.Module):
     """Lets a vision encoder run in parts: the trunk, a branch from it, or both.
 
     It comes before the encoder's own class among the bases. Called with images alone the model is that encoder. A family of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ def examine_rows(
     keys = [_key(rows, index) for index in range(len(rows))] if cache else [None] * len(rows)
 
     def examine(index: int) -> dict[str, Any]:
-        if keys[index] in known:
-            return known[keys[index]]
+        key = keys[index]
+        if key is not None and key in known:
+            return known[key]
         try:
             return examine_row(lambda: reader[index], tasks)
         except Exception as error:  # whatever a broken file makes its reader raise
@@ -74,7 +75,7 @@ def _key(rows: Any, index: int) -> str | None:
     return None if fingerprint is None else f"{fingerprint}/{index}"
 
 
-def _file_states(values: Sequence[Any]) -> Iterator[Any]:
+def _file_states(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         try:
             status = os.stat(value) if isinstance(value, str) else None

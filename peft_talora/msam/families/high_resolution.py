@@ -9,11 +9,12 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 Levels = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class ChannelPasses:
+class ChannelPasses(nn.Module):
     """One decoder pass per output channel."""
 
     def forward(
@@ -44,7 +45,7 @@ class ChannelPasses:
         return masks.reshape(batch_size, num_channels, *masks.shape[-2:])
 
 
-class ChannelTokens:
+class ChannelTokens(nn.Module):
     """All channels in one decoder pass, with a mask token and a hypernetwork for each.
 
     Args:

@@ -64,7 +64,8 @@ class SamHQFamily(SamFamily):
     def feature_shapes(self, vision_config: Any) -> tuple[tuple[int, int, int], ...]:
         """The first global block's output, and the image embedding."""
         own = super().feature_shapes(vision_config)
-        return (super().trunk_shape(vision_config), *own) if vision_config.global_attn_indexes else own
+        first_global = super().trunk_shape(vision_config)
+        return (first_global, *own) if first_global and vision_config.global_attn_indexes else own
 
     def trunk_shape(self, vision_config: Any) -> None:
         """A tuple."""
