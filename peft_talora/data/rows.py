@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kinds import KINDS, TaskSpec
 from ..msam.labels import label_tensor
-from ..pictures import image_array
+from ..msam.pictures import image_array
 from .columns import IMAGE_COLUMN, task_column
 from .images import label_values
 

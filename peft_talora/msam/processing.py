@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import BatchFeature, SamImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ..pictures import image_array
 from ..tuner.checks import is_int
 from .geometry import check_sides, reshaped_size, restore_logits, restored_map
 from .labels import label_tensor, square_label
+from .pictures import image_array
 from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
 
 __all__ = ["MSamBatch", "MSamProcessor", "check_sides", "image_array", "post_process", "reshaped_size"]

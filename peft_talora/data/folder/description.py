@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ...pictures import Range
+from ...msam.pictures import Range
 from ...routing.names import validate_task_names
 from ..columns import IMAGE_COLUMN, task_column
 from ..images import MAX_MEGAPIXELS
