@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -23,12 +25,12 @@ def auxiliary_loss(model: nn.Module) -> torch.Tensor:
         A 0-dim tensor on the model's device; 0.0 where there is nothing to add.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    values: dict[tuple, list[torch.Tensor]] = {}
+    values: dict[tuple[Callable[[torch.Tensor], torch.Tensor], str], list[torch.Tensor]] = {}
     for layer in tuned_layers(model):
         if not layer.disable_adapters:
             for adapter_name in layer.active_adapters:
-                own = layer.auxiliary_values(adapter_name)
-                if own is not None:
-                    values.setdefault((layer.auxiliary_reduction, adapter_name), []).append(own.to(device))
+                value = layer.auxiliary_values(adapter_name)
+                if value is not None:
+                    values.setdefault((layer.auxiliary_reduction, adapter_name), []).append(value.to(device))
     losses = [reduction(torch.cat(parts)) for (reduction, _), parts in values.items()]
     return sum(losses, torch.zeros((), device=device))

@@ -21,7 +21,7 @@ def _peft_error(reason: str) -> ImportError:
     )
 
 
-def _peft_registry() -> tuple:
+def _peft_registry() -> tuple[Any, ...]:
     """PEFT's type enum, register function and the mappings that the function fills."""
     try:
         from peft.mapping import (

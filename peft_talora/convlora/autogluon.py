@@ -50,14 +50,14 @@ def convlora_from_autogluon(
             "The state dict has no Conv-LoRA of a fused qkv: no key ends in 'vision_encoder.layers.{i}.attn.qkv.lora_A'."
         )
     sizes, weights = {}, {}
-    for layer, tensors in sorted(layers.items(), key=lambda item: int(_QKV.fullmatch(item[0])[2])):
+    for layer, tensors in sorted(layers.items(), key=lambda item: _index_of(item[0])):
         converted = _convert_layer(layer, tensors)
         r, n = converted["convlora_gate"].shape
         sizes[layer] = (r, n)
         weights.update({f"base_model.model.{layer}.{name}": tensor for name, tensor in converted.items()})
     if len(set(sizes.values())) > 1:
         raise ValueError(f"All layers must have one rank and number of experts, got (r, num_experts) = {sizes}.")
-    indices = [int(_QKV.fullmatch(layer)[2]) for layer in sizes]
+    indices = [_index_of(layer) for layer in sizes]
     config = ConvLoraConfig(
         r=r, num_experts=n, convlora_alpha=convlora_alpha, target_modules=["qkv"], layers_to_transform=indices
     )
@@ -82,6 +82,14 @@ def _adapter_keys(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
             raise ValueError(f"The state dict has '{match[1]}.lora_{name}' twice, under different prefixes.")
         entries[f"lora_{name}"] = tensor
     return layers
+
+
+def _index_of(layer: str) -> int:
+    """The number of an encoder's layer in the name of its projection."""
+    match = _QKV.fullmatch(layer)
+    if match is None:
+        raise ValueError(f"'{layer}' is no fused qkv of an encoder's layer.")
+    return int(match[2])
 
 
 def _convert_layer(layer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

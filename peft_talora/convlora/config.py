@@ -121,4 +121,5 @@ class ConvLoraConfig(TargetsConfig):
             raise ValueError(f"`grid_size` must be a height and a width or None, got {self.grid_size!r}.")
         for size in self.grid_size:
             check_positive_int("grid_size", size)
-        self.grid_size = tuple(self.grid_size)
+        height, width = self.grid_size
+        self.grid_size = (height, width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -67,14 +67,15 @@ def _modules_around(model: nn.Module, name: str) -> Iterable[nn.Module]:
         yield model
 
 
-def _token_grid(config: object) -> tuple[int, int]:
+def _token_grid(config: Any) -> tuple[int, int]:
     height, width = _pair(config.image_size)
     patch_height, patch_width = _pair(config.patch_size)
     return height // patch_height, width // patch_width
 
 
 def _pair(size: int | Iterable[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def check_place(place: Place, name: str) -> None:

@@ -36,7 +36,7 @@ class _LastForward:
     def __init__(self) -> None:
         self.choices: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return _LastForward, ()
 
 
@@ -175,7 +175,7 @@ class ConvLoraLinear(nn.Module, ConvLoraLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: ConvLoraConfig, name: str = "", **kwargs: Any
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         ConvLoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, name=name)

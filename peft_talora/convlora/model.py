@@ -60,7 +60,7 @@ class ConvLoraModel(PluginTuner):
         """The names of the modules that are about to be adapted."""
         if str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-            peft_config = replace(peft_config, target_modules=linear)
+            peft_config = replace(peft_config, target_modules=list(linear))
         return [name for name, _ in model.named_modules() if self._check_target_module_exists(peft_config, name)]
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -99,7 +99,7 @@ class ConvLoraModel(PluginTuner):
         yield
 
 
-def _forget_last_forward(model: nn.Module, args: tuple) -> None:
+def _forget_last_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook: layers that this forward does not reach must not go on counting in the auxiliary loss."""
     for layer in model.modules():
         if isinstance(layer, ConvLoraLayer):

@@ -42,7 +42,7 @@ def load_coco(path: str | Path) -> Any:
         ImportError: If `datasets` or pycocotools is not installed.
         ValueError: If the file is no list of annotations, or no object in it has an outline.
     """
-    datasets = import_datasets()
+    datasets: Any = import_datasets()
     import_coco_masks()
 
     class CocoDatasetDict(datasets.DatasetDict):

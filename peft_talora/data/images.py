@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from ..pictures import Range, grey_range, image_array
 
@@ -140,7 +140,7 @@ def read_header(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Ima
         if isinstance(opened, np.ndarray):
             return ImageHeader(opened.shape[:2], 1, str(opened.dtype))
         width, height = opened.size
-        if opened.format == "TIFF":
+        if isinstance(opened, TiffImagePlugin.TiffImageFile):
             # its size is that of the picture that Pillow has turned, or not, depending on its version
             width, height = opened.tag_v2[ExifTags.Base.ImageWidth], opened.tag_v2[ExifTags.Base.ImageLength]
         return ImageHeader((height, width), orientation(opened), opened.mode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from .kind import PixelLoss, TaskKind
 from .registry import KINDS
@@ -32,7 +32,7 @@ class TaskSpec:
     """
 
     kind: str
-    num_channels: int | None = None
+    num_channels: int = cast(int, None)  # None becomes what the kind fixes
     weight: float = 1.0
     ignore_index: int = 255
     class_names: list[str] | None = None

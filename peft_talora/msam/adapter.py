@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft.config import PeftConfig
@@ -64,7 +65,7 @@ def msam_fields(config: Any) -> dict[str, Any]:
     }
 
 
-def check_same_msam(fields: dict[str, Any], config: Any, base_name: str | None = None) -> None:
+def check_same_msam(fields: Mapping[str, Any], config: Any, base_name: str | None = None) -> None:
     """Raise ValueError unless an adapter with these [`msam_fields`] is one of an mSAM with this configuration.
 
     Args:

@@ -47,12 +47,12 @@ class MSamConfig(SamConfig):
     @property
     def task_specs(self) -> dict[str, TaskSpec]:
         """The tasks by name, in their order."""
-        return parse_tasks(self.tasks)
+        return parse_tasks(self.tasks or {})
 
     @property
     def task_names(self) -> list[str]:
         """The names of the tasks, in their order."""
-        return [task["name"] for task in self.tasks]
+        return list(self.task_specs) if self.tasks else []
 
     @property
     def grid_size(self) -> int:

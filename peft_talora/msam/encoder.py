@@ -53,7 +53,7 @@ class SplitEncoder:
             **kwargs: Those of the encoder's own forward, where it runs as a whole.
         """
         if trunk_states is None and branches is None and not trunk_only:
-            return super().forward(pixel_values, **kwargs)
+            return super().forward(pixel_values, **kwargs)  # type: ignore[misc]
         states = (
             self._run_blocks(self.stem(pixel_values), 0, self._parting()) if trunk_states is None else trunk_states
         )
@@ -135,7 +135,8 @@ def encode_tasks(
     chunks = _chunks(list(model.task_specs), names, chunk_size, number_added(encoder))
     if trunk_states is None and len(chunks) > 1:
         pixel_values, trunk_states = None, encoder(pixel_values, trunk_only=True)
-    indices, embeddings = {name: index for index, name in enumerate(model.task_specs)}, {}
+    indices = {name: index for index, name in enumerate(model.task_specs)}
+    embeddings: dict[str, torch.Tensor] = {}
     for chunk in chunks:
         branches = [indices[name] for name in chunk]
         output = encoder(pixel_values, trunk_states=trunk_states, branches=branches).last_hidden_state

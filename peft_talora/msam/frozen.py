@@ -23,7 +23,7 @@ class FrozenParameter(nn.Parameter):
         """Stay frozen, whatever is asked for."""
         return super().requires_grad_(False)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # that of nn.Parameter makes a plain one
         return FrozenParameter, (self.data, False)
 

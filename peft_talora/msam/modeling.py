@@ -32,7 +32,7 @@ from .interpolation import encoder_state_for
 from .loading import check_plain, load_sam
 from .loss import task_losses
 from .processing import post_process
-from .tasks import Tasks, TaskSpec, parse_tasks
+from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
 
 LOAD_INSTEAD = (
     "make the mSAM from the SAM as it is, save it with save_pretrained(directory), and load that with "
@@ -93,7 +93,7 @@ class MSamForMultiTask(SamPreTrainedModel):
     base_model_prefix = "msam"
     main_input_name = "pixel_values"
     # SamModel's tied weight belongs to its prompt encoder
-    _tied_weights_keys = {}
+    _tied_weights_keys: dict[str, str] = {}
 
     def __init__(self, config: MSamConfig) -> None:
         super().__init__(config)
@@ -227,7 +227,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         loss_divisors: Mapping[str, float | torch.Tensor] | None = None,
         original_sizes: Any = None,
         reshaped_input_sizes: Any = None,
-    ) -> MSamOutput | tuple:
+    ) -> MSamOutput | tuple[Any, ...]:
         r"""Predict the wanted tasks of every image, or one task per image.
 
         Args:
@@ -315,7 +315,7 @@ class MSamForMultiTask(SamPreTrainedModel):
                 "keep_tasks is for an mSAM without an adapter, which would still be one of all tasks: pass tasks="
                 f"{names} to the forward, or merge or unload the adapter first (merge_and_unload keeps the active task)."
             )
-        self.config.tasks = [task for task in self.config.tasks if task["name"] in names]
+        self.config.tasks = tasks_to_list({name: spec for name, spec in self.task_specs.items() if name in names})
         for dropped in [name for name in self.task_specs if name not in names]:
             del self.task_specs[dropped], self.no_mask_embeds[dropped], self.mask_decoders[dropped]
 
@@ -332,5 +332,7 @@ class MSamForMultiTask(SamPreTrainedModel):
             Per image `{task: prediction}`: a class map (H, W), a probability (H, W), metres (H, W), unit normals
             (3, H, W) or values (C, H, W).
         """
+        if output.logits is None:
+            raise ValueError("The output has no logits.")
         image_size = self.config.vision_config.image_size
         return post_process(output.logits, self.task_specs, target_sizes, image_size, output.image_index)

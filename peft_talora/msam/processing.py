@@ -177,7 +177,7 @@ class MSamProcessor(ImageProcessingMixin):
         return {
             name: torch.stack(
                 [
-                    square_label(spec, label_tensor(name, spec, row.get(name), tuple(size)), self.image_size)
+                    square_label(spec, label_tensor(name, spec, row.get(name), (size[0], size[1])), self.image_size)
                     for row, size in zip(rows, sizes, strict=True)
                 ]
             )
@@ -208,7 +208,7 @@ def post_process(
     Raises:
         ValueError: If a task is unknown or its logits are not as many as the images.
     """
-    sizes = [tuple(int(side) for side in size) for size in target_sizes]
+    sizes = [(int(height), int(width)) for height, width in target_sizes]
     predictions: list[dict[str, Tensor]] = [{} for _ in sizes]
     for name, task_logits in logits.items():
         if name not in specs:

@@ -62,16 +62,19 @@ class OpenBlocks:
             if block.owner is None or block.owner in running:
                 self.routing = block.routing
                 return
+        suspended = self.blocks[-1].owner
+        name = suspended.f_code.co_name if suspended is not None else ""
         raise RuntimeError(
             "A model is called outside of the `use_task` block that is open in this thread: the generator or coroutine "
-            f"'{self.blocks[-1].owner.f_code.co_name}', which opened it, is suspended. Call the model inside of the block, "
+            f"'{name}', which opened it, is suspended. Call the model inside of the block, "
             "or give the call its own `use_task` block or task_ids."
         )
 
 
 def _running_frames() -> set[FrameType]:
     """The frames of all functions that are running in this thread."""
-    frames, frame = set(), sys._getframe()
+    frames: set[FrameType] = set()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         frames.add(frame)
         frame = frame.f_back
@@ -85,7 +88,7 @@ def suspendable_owner() -> FrameType | None:
     """
     if torch.compiler.is_compiling():
         return None
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         outer = frame.f_back
         manager = outer is not None and outer.f_code.co_filename == contextlib.__file__

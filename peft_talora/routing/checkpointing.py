@@ -22,15 +22,17 @@ REENTRANT_ERROR = (
     "forward used, so the gradients would silently be those of another task. Use "
     'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
 )
+# the contexts of a forward and of its replay
+ContextFn = Callable[[], tuple[Any, Any]]
 
 
 class RoutedCheckpoint:
     """Calls a checkpoint function with a `context_fn` that replays the tasks of the forward."""
 
-    def __init__(self, checkpoint: Callable) -> None:
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint
 
-    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         options = {**getattr(self.checkpoint, "keywords", {}), **kwargs}
         if options.get("use_reentrant"):
             raise ValueError(REENTRANT_ERROR)
@@ -43,7 +45,7 @@ class RoutedCheckpoint:
         return self.checkpoint(function, *args, **kwargs)
 
 
-def joined_context(context_fn: Callable | None) -> Callable:
+def joined_context(context_fn: ContextFn | None) -> ContextFn:
     """`checkpoint_context` together with the `context_fn` that the user may have set."""
     if context_fn is None:
         return checkpoint_context
@@ -74,7 +76,7 @@ class _Nested:
         return result
 
 
-def _route_checkpoints(module: nn.Module, args: tuple) -> None:
+def _route_checkpoints(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of a block that can be checkpointed, and of the module that holds such blocks."""
     if torch.compiler.is_compiling():
         return

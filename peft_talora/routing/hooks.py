@@ -19,7 +19,9 @@ def names_task_ids(model: nn.Module) -> bool:
     return "task_ids" in inspect.signature(model.forward).parameters
 
 
-def _route_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], router: TaskRouter) -> tuple[tuple, dict]:
+def _route_forward(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], router: TaskRouter
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of the base model."""
     task_ids = kwargs.pop("task_ids", None)
     override = router.override
@@ -39,7 +41,7 @@ def _is_disabled(model: nn.Module) -> bool:
     return all(m.disable_adapters for m in model.modules() if isinstance(m, BaseTunerLayer))
 
 
-def _batch_size(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | None:
+def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """The batch size, as the main input or else the first tensor argument has it."""
     main_input = kwargs.get(getattr(model, "main_input_name", ""))
     for value in (main_input, *args, *kwargs.values()):

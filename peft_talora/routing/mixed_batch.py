@@ -68,6 +68,10 @@ def route_adapters(
     if task_ids is None:
         current = router.override or Routing(dict(router.active))
         return replace(current, adapter_names=names)
+    if isinstance(task_ids, str | int):
+        raise ValueError(
+            f"With adapter_names task_ids has one task per sample, {len(names)}, got the single {task_ids!r}."
+        )
     if len(task_ids) != len(names):
         raise ValueError(
             f"task_ids names the tasks of {len(task_ids)} samples, adapter_names the adapters of {len(names)}: one of "
@@ -76,8 +80,10 @@ def route_adapters(
     by_adapter = {}
     for adapter_name in set(names) - {BASE_MODEL}:
         rows = samples_of(adapter_name, names)
-        own = task_ids[rows.to(task_ids.device)] if isinstance(task_ids, torch.Tensor) else [task_ids[i] for i in rows]
-        ids = resolve_task(own, router.tasks[adapter_name], device)
+        theirs = (
+            task_ids[rows.to(task_ids.device)] if isinstance(task_ids, torch.Tensor) else [task_ids[i] for i in rows]
+        )
+        ids = torch.as_tensor(resolve_task(theirs, router.tasks[adapter_name], device))
         by_adapter[adapter_name] = ids.new_zeros(len(names)).index_put((rows.to(ids.device),), ids)
     return Routing(by_adapter, source=task_ids, adapter_names=names)
 
@@ -94,8 +100,8 @@ def saved_modules_use(model: nn.Module, adapter_names: Sequence[str]) -> Iterato
 
 
 def _pass_adapter_names(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str], thread: int
-) -> tuple[tuple, dict]:
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str], thread: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if threading.get_ident() == thread:
         kwargs["adapter_names"] = adapter_names
     return args, kwargs

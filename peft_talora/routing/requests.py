@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 # One task for all samples (a name or an index), or one task per sample (names or indices, or a LongTensor (B,)).
-Task = str | int
-TaskRequest = Task | Sequence[Task] | torch.Tensor
+Task: TypeAlias = str | int
+TaskRequest: TypeAlias = Task | Sequence[Task] | torch.Tensor
 
 
 def task_index(task: Task, tasks: Sequence[str]) -> int:

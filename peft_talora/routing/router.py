@@ -56,7 +56,7 @@ class TaskRouter:
         return {"tasks": dict(self.tasks), "active": dict(self.active), "added": dict(self.added)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
+        TaskRouter.__init__(self)
         self.__dict__.update(copy.deepcopy(state))
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -18,10 +18,10 @@ NAME = "task_ids"
 class _ShowsTaskIds:
     """Base of the classes below, by which they are known."""
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # copies and files know the model's own class
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (type(self).__mro__[2],), *state
+        reduced = super().__reduce_ex__(protocol)
+        return _new, (type(self).__mro__[2],), *reduced[2:]
 
 
 def _new(cls: type) -> Any:
@@ -29,7 +29,7 @@ def _new(cls: type) -> Any:
 
 
 @functools.cache
-def _class_with_task_ids(cls: type) -> type:
+def _class_with_task_ids(cls: Any) -> type:
     """A subclass that differs in the signature of its forward alone; a hook takes the argument out before it."""
 
     @functools.wraps(cls.forward)
@@ -42,7 +42,8 @@ def _class_with_task_ids(cls: type) -> type:
         inspect.Parameter(NAME, inspect.Parameter.KEYWORD_ONLY, default=None),
     ]
     # **kwargs comes last
-    forward.__signature__ = signature.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
+    shown = signature.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
+    setattr(forward, "__signature__", shown)  # noqa: B010
     members = {
         "forward": forward,
         "__module__": cls.__module__,
@@ -55,7 +56,7 @@ def _class_with_task_ids(cls: type) -> type:
 def show_task_ids(model: nn.Module) -> None:
     """Add `task_ids` to the signature of `model.forward`, unless it is there."""
     if NAME not in inspect.signature(model.forward).parameters:
-        model.__class__ = _class_with_task_ids(type(model))
+        model.__class__ = _class_with_task_ids(type(model))  # type: ignore[arg-type]
 
 
 def hide_task_ids(model: nn.Module) -> None:

@@ -111,7 +111,7 @@ def _card_data(
     return ModelCardData(
         library_name="peft",
         base_model=msam.name_or_path if is_hub_id(msam.name_or_path) else None,
-        datasets=[dataset] if is_hub_id(dataset) and "/" in dataset else None,
+        datasets=[dataset] if dataset is not None and is_hub_id(dataset) and "/" in dataset else None,
         license=license,
         tags=["peft", METHOD_TAGS.get(peft_type, peft_type.lower()), "segment-anything"],
         model_name=(hub_id or title) if results else None,

@@ -91,7 +91,7 @@ def read_together(directory: Path, names: Sequence[str]) -> dict[str, bytes]:
     raise FileNotFoundError(f"The files in '{directory}' do not stay: another process saves into it all the time.")
 
 
-def _states(directory: Path, names: Sequence[str]) -> dict[str, tuple]:
+def _states(directory: Path, names: Sequence[str]) -> dict[str, tuple[Path, int, int, int]]:
     """Of each file that there is: where it lies, and what changes when it is replaced."""
     states = {}
     for name in names:

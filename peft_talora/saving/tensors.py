@@ -203,7 +203,9 @@ def check_adapter_state(
         check_finite(whence, name, value)
 
 
-def _check_names(whence: str | Path, names: Mapping, required: Collection[str], known: Mapping) -> None:
+def _check_names(
+    whence: str | Path, names: Collection[str], required: Collection[str], known: Collection[str]
+) -> None:
     problems = {
         "is missing": sorted(set(required) - set(names)),
         "does not belong to the model": sorted(set(names) - set(known)),

@@ -134,7 +134,7 @@ class TALoraConfig(TargetsConfig):
 
     def check_active_task(self) -> None:
         """Raise ValueError unless `active_task` is one of `tasks`."""
-        if self.active_task is not None and self.active_task not in self.tasks:
+        if self.active_task is not None and self.active_task not in (self.tasks or []):
             raise ValueError(f"`active_task` must be one of the tasks {self.tasks}, got {self.active_task!r}.")
 
     def _check_added_tasks(self) -> None:
@@ -147,11 +147,12 @@ class TALoraConfig(TargetsConfig):
     def warn_of_shared_starts(self) -> None:
         """Warn where tasks that were to start as LoRAs of their own share one."""
         shares = min(self.r_task, self.rank_in, self.rank_out)
-        if self.init_weights == "split" and shares < len(self.tasks) and not self.settings_on_file:
+        tasks = self.tasks or []
+        if self.init_weights == "split" and shares < len(tasks) and not self.settings_on_file:
             warnings.warn(
-                f"With init_weights='split' the {len(self.tasks)} tasks share {shares} LoRAs at the start, so that "
-                f"'{self.tasks[0]}' and '{self.tasks[shares]}' start alike: set r_task (now {self.r_task}) and r to at least "
-                f"{len(self.tasks)} in TALoraConfig.",
+                f"With init_weights='split' the {len(tasks)} tasks share {shares} LoRAs at the start, so that "
+                f"'{tasks[0]}' and '{tasks[shares]}' start alike: set r_task (now {self.r_task}) and r to at least "
+                f"{len(tasks)} in TALoraConfig.",
                 stacklevel=2,
             )
 

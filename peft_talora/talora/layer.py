@@ -70,6 +70,7 @@ class TALoraLayer(MergingLayer):
         self.scaling[adapter_name] = config.scaling
         self.enable_qkv[adapter_name] = config.enable_qkv
         self.ortho_reg_weight[adapter_name] = config.ortho_reg_weight
+        assert config.tasks is not None  # filled by the tuner
         dropout = nn.Dropout(p=config.talora_dropout) if config.talora_dropout > 0.0 else nn.Identity()
         self.talora_dropout.update(nn.ModuleDict({adapter_name: dropout}))
         self.talora_G[adapter_name] = nn.Parameter(torch.zeros(p, q, v))
@@ -117,10 +118,9 @@ class TALoraLayer(MergingLayer):
     @torch.no_grad()
     def reset_talora_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
         """Fill the factors as `TALoraConfig.init_weights` says."""
-        factors = self.parameters_of(adapter_name)
-        if any(factor.device.type == "meta" for factor in factors):
-            return
-        fill_factors(*factors, init_weights)
+        G, U1, U2, U3 = self.parameters_of(adapter_name)
+        if G.device.type != "meta":
+            fill_factors(G, U1, U2, U3, init_weights)
 
     auxiliary_reduction = staticmethod(torch.mean)
 
@@ -179,7 +179,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
         name: str = "",
         **kwargs: Any,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         TALoraLayer.__init__(self, base_layer, task_router, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, name=name)

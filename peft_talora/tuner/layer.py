@@ -29,8 +29,6 @@ class PluginLayer(BaseTunerLayer):
 
     # a layer of one of our tuners; see `routing.layers`
     is_tuned_layer = True
-    # whether the output depends on the task that the forward is for
-    is_task_aware = False
     # how the auxiliary values of all layers become one loss
     auxiliary_reduction: Callable[[torch.Tensor], torch.Tensor] = staticmethod(torch.sum)
 
@@ -53,6 +51,11 @@ class PluginLayer(BaseTunerLayer):
             raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}.")
         self.in_features, self.out_features = in_features, out_features
         layer_made()
+
+    @property
+    def is_task_aware(self) -> bool:
+        """Whether the output depends on the task that the forward is for."""
+        return False
 
     def base_result(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output, to which an update can be added."""

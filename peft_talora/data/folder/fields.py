@@ -43,16 +43,16 @@ def parse_task(name: str, fields: Any, where: str) -> TaskFiles:
         raise ValueError(f"{where}.kind: unknown kind {quoted(kind)}, expected one of {', '.join(KINDS)}")
     if usual not in (None, kind):
         raise ValueError(f"{where}.kind: a task named {name!r} is of the kind {usual!r}, got {kind!r}: rename it")
-    own, by_color = KINDS[kind].own_fields, "colors" in fields
+    own_fields, by_color = KINDS[kind].own_fields, "colors" in fields
     class_fields = ("colors", "flip_pairs") if KINDS[kind].has_classes else ()
-    known = ("kind", "files", "optional", *KINDS[kind].file_fields, *class_fields, *own)
+    known = ("kind", "files", "optional", *KINDS[kind].file_fields, *class_fields, *own_fields)
     known_fields(fields, known, where, f" of a {kind} task")
     files = fields.get("files", name)
     files = [files] if isinstance(files, str) else files
     if not isinstance(files, list | tuple) or not files:
         raise ValueError(f"{where}.files: expected a subfolder or a pattern with {NAME}, got {quoted(files)}")
     spec = _spec(kind, fields, where)
-    own = {name: _own(check, fields[name], f"{where}.{name}") for name, check in own.items() if name in fields}
+    own = {name: _own(check, fields[name], f"{where}.{name}") for name, check in own_fields.items() if name in fields}
     if any(channel >= spec.num_channels for channel in own.get("mirrored", ())):
         raise ValueError(
             f"{where}.mirrored: a channel is beyond the {spec.num_channels} channels, got {own['mirrored']}"
@@ -101,7 +101,7 @@ def _spec(kind: str, fields: Mapping[str, Any], where: str) -> TaskSpec:
     if channels is not None and not is_a(channels, int):
         raise ValueError(f"{where}: num_channels must be an integer >= 1, got {quoted(channels)}")
     try:
-        return TaskSpec(kind, num_channels=channels, class_names=names)
+        return TaskSpec(kind, class_names=names, **({} if channels is None else {"num_channels": channels}))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -182,14 +182,15 @@ def _flip_pairs(fields: Mapping[str, Any], spec: TaskSpec, where: str) -> tuple[
 
 def _class(label: Any, spec: TaskSpec, where: str) -> int:
     """A class by its name or number."""
-    if isinstance(label, str) and label in (spec.class_names or []):
-        return spec.class_names.index(label)
+    names = spec.class_names or []
+    if isinstance(label, str) and label in names:
+        return names.index(label)
     if isinstance(label, str) and label.isdigit():
         label = int(label)
     if is_a(label, int) and 0 <= label < spec.num_channels:
         return label
-    names = f" {quoted(spec.class_names)}" if spec.class_names else ""
-    raise ValueError(f"{where}: class {quoted(label)} is beyond the {spec.num_channels} classes{names}")
+    known = f" {quoted(names)}" if names else ""
+    raise ValueError(f"{where}: class {quoted(label)} is beyond the {spec.num_channels} classes{known}")
 
 
 def _axes(fields: Mapping[str, Any], where: str) -> tuple[int, int, int]:

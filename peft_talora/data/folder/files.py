@@ -115,7 +115,7 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Pat
             yield folder / entry.name
 
 
-def _patterns(description: FolderDescription) -> list[tuple[str, str]]:
+def _patterns(description: FolderDescription) -> list[tuple[tuple[str, str], str]]:
     return [((name, pattern), pattern) for name, task in description.tasks.items() for pattern in task.files]
 
 

@@ -74,7 +74,7 @@ class FolderRows:
 
     def __call__(self, batch: Mapping[str, list[str | None]]) -> dict[str, list[Any]]:
         """Paths to arrays: uint8 (H, W, 3) images, and label maps as [`read_label`] makes them or None."""
-        images = [self.image(path) for path in batch.get(IMAGE_COLUMN, [])]
+        images = [self.image(path) for path in batch.get(IMAGE_COLUMN, []) if path is not None]
         columns: dict[str, list[Any]] = {IMAGE_COLUMN: images} if images else {}
         # labels alone may be asked for, too
         sources = batch.get(IMAGE_COLUMN) or [None] * max(map(len, batch.values()), default=0)
@@ -101,12 +101,12 @@ def _common_range(description: FolderDescription, files: FolderFiles) -> tuple[f
     """The numbers that are black and white in images of more than 8 bits, as a sample of them says."""
     paths = list(files.images.values())
     megapixels = description.reading.max_megapixels
-    ranges = []
+    ranges: list[tuple[float, float]] = []
     for path in paths[:: max(1, len(paths) // _LOOKED_INTO)]:
         try:
             mode = read_header(path, megapixels).mode
             if mode.startswith(("I", "F", "uint16", "float")):
-                ranges.append(found_range(path, megapixels))
+                ranges += filter(None, [found_range(path, megapixels)])
         except ValueError:
             # whoever reads its row hears of it
             continue
@@ -123,7 +123,7 @@ def _common_range(description: FolderDescription, files: FolderFiles) -> tuple[f
 
 
 def _dataset_dict(description: FolderDescription, files: FolderFiles, splits: Mapping[str, Sequence[str]]) -> Any:
-    datasets = import_datasets()
+    datasets: Any = import_datasets()
 
     class FolderDatasetDict(datasets.DatasetDict):
         """Splits that know their tasks, and where they are from."""
@@ -142,7 +142,7 @@ def _dataset_dict(description: FolderDescription, files: FolderFiles, splits: Ma
     features = datasets.Features({column: datasets.Value("string") for column in (IMAGE_COLUMN, *columns.values())})
     found = FolderDatasetDict()
     for split, names in splits.items():
-        paths = {IMAGE_COLUMN: [str(files.images[name]) for name in names]}
+        paths: dict[str, list[str | None]] = {IMAGE_COLUMN: [str(files.images[name]) for name in names]}
         for task, matched in labels.items():
             paths[columns[task]] = [str(matched[name]) if name in matched else None for name in names]
         found[split] = datasets.Dataset.from_dict(paths, features=features).with_transform(rows)

@@ -18,18 +18,19 @@ from .files import plain
 def split_names(folder: Path, description: FolderDescription, images: Mapping[str, Path]) -> dict[str, list[str]]:
     """{split: names of its images}; ValueError where the description does not fit the images."""
     where = f"{description.source}: splits"
-    if description.splits == "subfolders":
+    if isinstance(description.splits, str):
         return _subfolders(images, description.skip_splits, where)
     names, lookup = list(images), NameLookup(folder, images)
     splits = {}
-    for split, value in description.splits.items():
+    parts = dict(description.splits)
+    for split, value in parts.items():
         if isinstance(value, list | str):
             listed = (
                 [[name] for name in value] if isinstance(value, list) else read_lines(folder / value, where, split)
             )
             splits[split] = lookup.names(listed, f"{where}.{split}")
     _warn_of_twins(splits, where)
-    splits = _split_fractions(description.splits, names, splits)
+    splits = _split_fractions(parts, names, splits)
     empty = [split for split, members in splits.items() if not members]
     if empty:
         raise ValueError(f"{where}.{empty[0]}: no image is left for it, there are {len(names)}")
@@ -94,8 +95,9 @@ class NameLookup:
         if len(words) < 2:
             return None
         names = [self._one(word) for word in words]
-        if None not in names:
-            return list(dict.fromkeys(names))
+        known = [name for name in names if name is not None]
+        if len(known) == len(names):
+            return list(dict.fromkeys(known))
         # an image and its label, or a flag of it
         rest = all(Path(word).suffix or word.lstrip("+-").isdigit() for word in words[1:])
         return [names[0]] if names[0] is not None and rest else None
