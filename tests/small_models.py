@@ -116,3 +116,20 @@ def serve_in_threads(serve: Callable[[Any, Callable], bool], keys: Iterable, rou
 
     with ThreadPoolExecutor(len(keys)) as pool:
         return list(pool.map(run, keys))
+
+
+def images(batch=2, size=32, dtype=torch.float64, seed=1):
+    """The same random images in every test, (batch, 3, size, size)."""
+    return torch.randn(batch, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def differ(first, second):
+    """Whether two tensors differ by more than rounding."""
+    return (first - second).abs().max().item() > 1e-3
+
+
+def assert_same(got, expected, atol=1e-9):
+    """`{name: tensor}` twice, in the same order."""
+    assert list(got) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")

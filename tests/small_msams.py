@@ -38,23 +38,9 @@ def tuned(sam, config=None, **changes):
     return move_saved_modules(model)
 
 
-def images(batch=2, size=32):
-    return torch.randn(batch, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
 @torch.no_grad()
 def predict(model, *args, **kwargs):
     return model(*args, **kwargs).logits
-
-
-def assert_same(got, expected, atol=1e-9):
-    assert list(got) == list(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=atol)
-
-
-def differ(first, second):
-    return (first - second).abs().max().item() > 1e-3
 
 
 def task_parameters(model, task):

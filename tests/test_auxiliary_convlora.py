@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from small_models import images
 from torch import nn
 
 from peft_talora import (
@@ -25,10 +26,6 @@ def config(**changes):
 
 def tuned(sam, **changes):
     return get_peft_model(sam.double(), config(**changes), autocast_adapter_dtype=False)
-
-
-def images(batch=2, seed=1):
-    return torch.randn(batch, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def qkv_layers(model):

@@ -176,7 +176,10 @@ def test_compiles_without_a_graph_break(name):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_fitting_labels_pass(name):
-    check_labels(name, SPECS[name], make_labels(SPECS[name])[0], 3)
+    labels, _ = make_labels(SPECS[name])
+    check_labels(name, SPECS[name], labels, 3)
+    with pytest.raises(ValueError, match=rf"labels\['{name}'\]: .* needs shape"):
+        check_labels(name, SPECS[name], labels, 4)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_base_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
+from small_models import differ
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -79,10 +80,6 @@ def layers_of(model):
 @torch.no_grad()
 def output(model, **kwargs):
     return model(tokens(), **kwargs)
-
-
-def differ(first, second):
-    return (first - second).abs().max().item() > 1e-3
 
 
 def assert_same(first, second, atol=1e-12):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from small_models import differ, images
 from transformers import SamVisionModel, ViTConfig, ViTModel
 
 from peft_talora import ConvLoraConfig, MSamForMultiTask, TALoraConfig, TaskSpec, set_task, use_task
@@ -31,19 +32,11 @@ def make_model(request, sam_factory):
     return lambda: MODELS[request.param](sam_factory()).double().eval()
 
 
-def images():
-    return torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
 @torch.no_grad()
 def embed(model):
     """The image embeddings: what an adapter of the encoder changes."""
     # new layers are made in training mode
     return model.eval().vision_encoder(images()).last_hidden_state
-
-
-def differ(first, second):
-    return (first - second).abs().max().item() > 1e-3
 
 
 # torch multiplies in another order where a weight requires a gradient

@@ -109,7 +109,8 @@ class TestTokens:
         siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=16, patch_size=4, vision_use_head=False))
         for model, prefix in ((registers, 4), (siglip, 0)):
             options = {"target_modules": self.targets(model), "num_prefix_tokens": prefix}
-            get_peft_model(model, config(**options))(pixel_values=torch.randn(1, 3, 16, 16))
+            output = get_peft_model(model, config(**options))(pixel_values=torch.randn(1, 3, 16, 16))
+            assert output.last_hidden_state.shape[1] == prefix + 16 and output.last_hidden_state.isfinite().all()
 
     def test_the_text_half_of_clip(self):
         halves = {**SIZES, "projection_dim": 16}

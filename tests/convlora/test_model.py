@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from small_models import adapter_size, train
+from small_models import adapter_size, differ, images, train
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -43,17 +43,9 @@ def tuned(sam, **changes):
     return get_peft_model(sam.double(), config(**changes), autocast_adapter_dtype=False).eval()
 
 
-def images(batch=2):
-    return torch.randn(batch, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
 @torch.no_grad()
 def predict(model, pixels):
     return model(pixel_values=pixels).pred_masks
-
-
-def differ(first, second):
-    return (first - second).abs().max().item() > 1e-3
 
 
 class TestParameterCounts:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig
-from small_msams import NAMES, images, make, specs, tuned
+from small_models import images
+from small_msams import NAMES, make, specs, tuned
 
 from peft_talora import (
     MSamForMultiTask,

@@ -7,20 +7,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from small_models import move_saved_modules
-from small_msams import (
-    CHANNELS,
-    NAMES,
-    assert_same,
-    differ,
-    images,
-    lora_config,
-    make,
-    predict,
-    specs,
-    talora_config,
-    tuned,
-)
+from small_models import assert_same, differ, images, move_saved_modules
+from small_msams import CHANNELS, NAMES, lora_config, make, predict, specs, talora_config, tuned
 from torch import nn
 from transformers import AutoConfig, AutoModel, SamModel
 

@@ -3,20 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig
-from small_models import label_maps
-from small_msams import (
-    CHANNELS,
-    NAMES,
-    Reference,
-    assert_same,
-    differ,
-    images,
-    make,
-    predict,
-    specs,
-    task_parameters,
-    tuned,
-)
+from small_models import assert_same, differ, images, label_maps
+from small_msams import CHANNELS, NAMES, Reference, make, predict, specs, task_parameters, tuned
 from torch import nn
 
 from peft_talora import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
 from peft import LoraConfig, get_peft_model
-from small_models import label_maps, make_sam, move_saved_modules
+from small_models import assert_same, images, label_maps, make_sam, move_saved_modules
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.models.sam.modeling_sam import SamVisionEncoder
@@ -24,27 +24,17 @@ def tune(msam, **changes):
     return move_saved_modules(model).eval()
 
 
-def pixels(batch=2, dtype=torch.float64):
-    return torch.randn(batch, 3, 32, 32, dtype=dtype, generator=torch.Generator().manual_seed(1))
-
-
-def assert_same(got, expected, atol=1e-9):
-    assert list(got) == list(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=atol, msg=name)
-
-
 class TestDropIn:
     def test_it_is_sams_encoder(self):
         sam, msam = make_sam().double(), make()
-        encoder, images = msam.vision_encoder, pixels()
+        encoder, pixels = msam.vision_encoder, images()
         assert isinstance(encoder, SamVisionEncoder)
         assert list(encoder.state_dict()) == list(sam.vision_encoder.state_dict())
-        expected = sam.vision_encoder(images)
-        assert torch.equal(encoder(images).last_hidden_state, expected.last_hidden_state)
-        assert torch.equal(encoder(pixel_values=images, return_dict=False)[0], expected.last_hidden_state)
+        expected = sam.vision_encoder(pixels)
+        assert torch.equal(encoder(pixels).last_hidden_state, expected.last_hidden_state)
+        assert torch.equal(encoder(pixel_values=pixels, return_dict=False)[0], expected.last_hidden_state)
         for name in ("output_hidden_states", "output_attentions"):
-            own, sams = encoder(images, **{name: True}), sam.vision_encoder(images, **{name: True})
+            own, sams = encoder(pixels, **{name: True}), sam.vision_encoder(pixels, **{name: True})
             own, sams = (output[name.removeprefix("output_")] for output in (own, sams))
             assert len(own) == len(sams) and all(torch.equal(a, b) for a, b in zip(own, sams, strict=True))
         with pytest.raises(ValueError, match="pixel_values"):
@@ -52,22 +42,22 @@ class TestDropIn:
 
     @pytest.mark.parametrize("layers", [None, [1], [2]])
     def test_its_parts_are_the_whole(self, layers):
-        model, images = tune(make(), layers_to_transform=layers), pixels()
+        model, pixels = tune(make(), layers_to_transform=layers), images()
         encoder = model.vision_encoder
-        trunk = encoder(images, trunk_only=True)
+        trunk = encoder(pixels, trunk_only=True)
         for index, name in enumerate(TASKS):
             model.set_task(name)
-            whole = encoder(images).last_hidden_state
+            whole = encoder(pixels).last_hidden_state
             assert torch.equal(encoder(trunk_states=trunk).last_hidden_state, whole)
             model.set_task("semantic")
-            assert torch.equal(encoder(images, branches=[index]).last_hidden_state, whole)
+            assert torch.equal(encoder(pixels, branches=[index]).last_hidden_state, whole)
         assert model.active_task == "semantic"
 
     def test_exported_models_are_plain(self):
-        model, images = tune(make()), pixels()
+        model, pixels = tune(make()), images()
         sam = task_to_sam(model, "depth")
         assert type(sam.vision_encoder) is SamVisionEncoder
-        torch.testing.assert_close(sam(images, multimask_output=False).pred_masks[:, 0], model(images).logits["depth"])
+        torch.testing.assert_close(sam(pixels, multimask_output=False).pred_masks[:, 0], model(pixels).logits["depth"])
 
 
 class TestHooks:
@@ -84,42 +74,42 @@ class TestHooks:
         model.vision_encoder.register_forward_hook(
             lambda _, args, out: seen.append(len(out if isinstance(out, torch.Tensor) else out.last_hidden_state))
         )
-        model(pixels(), **arguments)
+        model(images(), **arguments)
         assert seen == rows
 
     def test_a_forward_hook_can_change_the_output(self):
-        model, images = tune(make()), pixels()
-        expected = model(image_embeddings={name: 2 * value for name, value in model.encode(images).items()}).logits
+        model, pixels = tune(make()), images()
+        expected = model(image_embeddings={name: 2 * value for name, value in model.encode(pixels).items()}).logits
 
         def double(module, args, output):
             output["last_hidden_state"] = 2 * output.last_hidden_state
             return output
 
         model.vision_encoder.register_forward_hook(double)
-        assert_same(model(images).logits, expected)
+        assert_same(model(pixels).logits, expected)
 
     def test_untuned_and_plain_lora(self):
         for model in (make(), get_peft_model(make(), LoraConfig(r=2, target_modules=["qkv"]))):
             calls = []
             model.vision_encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-            model(pixels())
+            model(images())
             assert calls == [1]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"task_ids": IDS}, {"tasks": ["normals"]}])
 def test_compiled(arguments):
-    model, images, graphs = tune(make()), pixels(), []
-    expected = model(images, **arguments).logits
+    model, pixels, graphs = tune(make()), images(), []
+    expected = model(pixels, **arguments).logits
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
     model.vision_encoder.compile(backend=backend, fullgraph=True)
-    assert_same(model(images, **arguments).logits, expected)
+    assert_same(model(pixels, **arguments).logits, expected)
     assert graphs
     number = len(graphs)
-    assert_same(model(images, **arguments).logits, expected)
+    assert_same(model(pixels, **arguments).logits, expected)
     assert len(graphs) == number
 
 
@@ -132,11 +122,11 @@ class TestOffloaded:
         return MSamForMultiTask.from_pretrained(folder / "msam", device_map=places, offload_folder=folder / "offload")
 
     def test_encoder_on_disk(self, tmp_path):
-        msam, images = self.offloaded(tmp_path), pixels(dtype=torch.float32)
+        msam, pixels = self.offloaded(tmp_path), images(dtype=torch.float32)
         assert msam.vision_encoder.pos_embed.device.type == "meta"
         assert isinstance(msam.vision_encoder._hf_hook, AlignDevicesHook)
         for arguments in ({}, {"task_ids": IDS}):
-            assert_same(msam(images, **arguments).logits, make(torch.float32)(images, **arguments).logits, atol=1e-5)
+            assert_same(msam(pixels, **arguments).logits, make(torch.float32)(pixels, **arguments).logits, atol=1e-5)
 
 
 @pytest.fixture
@@ -154,7 +144,7 @@ def shard(msam):
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("first", ["shard", "tune"])
 def test_fully_sharded(first):
-    images, labels, found = pixels(), label_maps(), []
+    pixels, labels, found = images(), label_maps(), []
     for sharded in (False, True):
         torch.manual_seed(0)
         msam = make()
@@ -165,9 +155,9 @@ def test_fully_sharded(first):
         model = get_peft_model(msam, TALoraConfig(r=3, init_weights=False, **changes), autocast_adapter_dtype=False)
         if sharded and first == "tune":
             shard(msam)
-        output = model(images, labels=labels)
+        output = model(pixels, labels=labels)
         output.loss.backward()
-        model(images, task_ids=IDS, labels=labels).loss.backward()
+        model(pixels, task_ids=IDS, labels=labels).loss.backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         found.append({n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()} | output.losses)
     assert_same(found[1], found[0])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from small_models import label_maps, train
-from small_msams import NAMES, assert_same, differ, images, lora_config, make, predict, specs, tuned
+from small_models import assert_same, differ, images, label_maps, train
+from small_msams import NAMES, lora_config, make, predict, specs, tuned
 
 from peft_talora import (
     MSamForMultiTask,

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from small_models import label_maps, make_sam, move_saved_modules
+from small_models import assert_same, images, label_maps, make_sam, move_saved_modules
 from torch import nn
 from torch.func import functional_call
 
@@ -21,10 +21,6 @@ def tuned(targets=("qkv", *IN_DECODERS), modules_to_save=(), mode="prompt"):
     saved = None if modules_to_save is None else list(modules_to_save)
     config = TALoraConfig(r=3, init_weights=False, target_modules=list(targets), modules_to_save=saved)
     return move_saved_modules(get_peft_model(msam, config, autocast_adapter_dtype=False)).eval()
-
-
-def pixels(batch=2):
-    return torch.randn(batch, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def reference(model, embeddings):
@@ -58,15 +54,9 @@ def reference(model, embeddings):
     return logits
 
 
-def assert_same(got, expected, atol=1e-9):
-    assert list(got) == list(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=atol, msg=name)
-
-
 def test_values_and_gradients():
-    model, images = tuned(), pixels()
-    output, expected = model(images).logits, reference(model, model.encode(images))
+    model, pixels = tuned(), images()
+    output, expected = model(pixels).logits, reference(model, model.encode(pixels))
     assert_same(output, expected)
     assert (expected["depth"] - expected["normals"][:, :1]).abs().max() > 1e-3
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -83,22 +73,22 @@ def test_values_and_gradients():
 @pytest.mark.parametrize("mode", ["prompt", "token"])
 @torch.no_grad()
 def test_every_way_of_calling_gives_the_same(mode, targets):
-    model, images = tuned(targets, mode=mode), pixels(3)
-    expected, embeddings = model(images).logits, model.encode(images)
+    model, pixels = tuned(targets, mode=mode), images(3)
+    expected, embeddings = model(pixels).logits, model.encode(pixels)
     if mode == "prompt":
         assert_same(expected, reference(model, embeddings))
     ids = ["normals", "depth", "normals"]
     for task in TASKS:
         model.set_task(task)
-        assert_same(model(images).logits, expected)
-        assert_same(model(images, task_chunk=1).logits, expected)
+        assert_same(model(pixels).logits, expected)
+        assert_same(model(pixels, task_chunk=1).logits, expected)
         assert_same(
-            model(images, tasks=["normals", "semantic"]).logits, {n: expected[n] for n in ("normals", "semantic")}
+            model(pixels, tasks=["normals", "semantic"]).logits, {n: expected[n] for n in ("normals", "semantic")}
         )
         assert_same(model(image_embeddings=embeddings).logits, expected)
         assert_same(model(image_embeddings=embeddings["depth"], tasks="depth").logits, {"depth": expected["depth"]})
         mixed = torch.stack([embeddings[name][row] for row, name in enumerate(ids)])
-        for arguments in ({"pixel_values": images}, {"image_embeddings": mixed}):
+        for arguments in ({"pixel_values": pixels}, {"image_embeddings": mixed}):
             logits = model(**arguments, task_ids=ids).logits
             assert_same(
                 logits,
@@ -110,37 +100,37 @@ def test_every_way_of_calling_gives_the_same(mode, targets):
             )
         for block in ("depth", ids):
             with model.use_task(block):
-                assert_same(model(images).logits, expected)
+                assert_same(model(pixels).logits, expected)
     for copied in (copy.deepcopy(model), model.get_base_model()):
-        assert_same(copied(images).logits, expected)
+        assert_same(copied(pixels).logits, expected)
 
 
 @torch.no_grad()
 def test_saved_and_loaded(tmp_path):
-    model, images = tuned(), pixels()
+    model, pixels = tuned(), images()
     save_adapter(model, tmp_path)
     loaded = MSamForMultiTask.from_adapter(tmp_path, base_model=make_sam().double())
     loaded.set_task("normals")
-    assert_same(loaded(images).logits, model(images).logits, atol=1e-6)
+    assert_same(loaded(pixels).logits, model(pixels).logits, atol=1e-6)
 
 
 @pytest.mark.parametrize("targets", [("qkv", *IN_DECODERS), IN_DECODERS])
 @torch.no_grad()
 def test_merged_and_exported(targets):
-    model, images = tuned(targets), pixels()
-    expected = model(images).logits
+    model, pixels = tuned(targets), images()
+    expected = model(pixels).logits
     model.set_task("semantic")
     exported = task_to_sam(model, "depth")
     torch.testing.assert_close(
-        exported(images, multimask_output=False).pred_masks[:, 0], expected["depth"], rtol=0, atol=1e-9
+        exported(pixels, multimask_output=False).pred_masks[:, 0], expected["depth"], rtol=0, atol=1e-9
     )
     model.set_task("normals")
     model.merge_adapter()
-    assert_same(model(images, tasks=["normals"]).logits, {"normals": expected["normals"]})
+    assert_same(model(pixels, tasks=["normals"]).logits, {"normals": expected["normals"]})
     model.unmerge_adapter()
-    assert_same(model(images).logits, expected)
+    assert_same(model(pixels).logits, expected)
     merged = model.merge_and_unload()
-    assert_same(merged(images).logits, {"normals": expected["normals"]})
+    assert_same(merged(pixels).logits, {"normals": expected["normals"]})
     assert not [module for module in merged.modules() if isinstance(module, TALoraLayer)]
 
 
@@ -150,6 +140,6 @@ def test_distributed_training_finds_no_unused_parameters(tmp_path):
     try:
         parallel = nn.parallel.DistributedDataParallel(model)
         for ids in (["depth", "depth"], ["semantic", "normals"], None):
-            parallel(pixels(), labels=labels, task_ids=ids).loss.backward()
+            parallel(images(), labels=labels, task_ids=ids).loss.backward()
     finally:
         torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import get_peft_model
+from small_models import images
 from torch.utils.checkpoint import checkpoint
 
 from peft_talora import TALoraConfig, checkpoint_context
@@ -18,13 +19,9 @@ def tuned(sam):
     return model
 
 
-def pixels():
-    return torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
 def embed(model):
     with torch.no_grad():
-        return model.vision_encoder(pixels()).last_hidden_state
+        return model.vision_encoder(images()).last_hidden_state
 
 
 def embed_as(model, task):
@@ -104,7 +101,7 @@ class TestInterleavedBlocks:
 class TestTasksChosenInsideACheckpoint:
     @pytest.mark.parametrize("way", ["use_task", "task_ids"])
     def test_the_replay_chooses_them_again(self, sam, way):
-        model, images = tuned(sam), pixels()
+        model, pixels = tuned(sam), images()
 
         def run(x):
             if way == "use_task":
@@ -112,8 +109,8 @@ class TestTasksChosenInsideACheckpoint:
                     return model.vision_encoder(x).last_hidden_state
             return model(x, task_ids=["b", "a"], multimask_output=False).pred_masks
 
-        expected = gradients(model, run(images))
-        got = gradients(model, checkpoint(run, images, use_reentrant=False, context_fn=checkpoint_context))
+        expected = gradients(model, run(pixels))
+        got = gradients(model, checkpoint(run, pixels, use_reentrant=False, context_fn=checkpoint_context))
         assert all(torch.equal(value, got[name]) for name, value in expected.items())
 
     def test_a_graph_that_is_kept_is_replayed_again(self, sam):
@@ -121,7 +118,7 @@ class TestTasksChosenInsideACheckpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
         with model.use_task("b"):
-            output = model.vision_encoder(pixels()).last_hidden_state
+            output = model.vision_encoder(images()).last_hidden_state
         model.set_task("a")
         first = gradients(model, output, retain_graph=True)
         second = gradients(model, output)
@@ -132,11 +129,11 @@ class TestTasksChosenInsideACheckpoint:
 def test_checkpointing_without_arguments_is_not_reentrant(sam, kwargs):
     model = tuned(sam)
     with model.use_task("b"):
-        expected = gradients(model, model.vision_encoder(pixels()).last_hidden_state)
+        expected = gradients(model, model.vision_encoder(images()).last_hidden_state)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     model.train()
     with model.use_task("b"):
-        output = model.vision_encoder(pixels()).last_hidden_state
+        output = model.vision_encoder(images()).last_hidden_state
     model.set_task("a")
     got = gradients(model, output)
     assert all(torch.allclose(value, got[name], atol=1e-12) for name, value in expected.items())
@@ -146,7 +143,7 @@ def test_checkpointing_without_arguments_is_not_reentrant(sam, kwargs):
 def test_the_number_of_ids_is_checked_by_submodules(sam, call):
     model = tuned(sam)
     with model.use_task(["a", "b", "a"]), pytest.raises(ValueError, match=r"3 samples, but the batch has 2"):
-        getattr(model, call)(pixels())
+        getattr(model, call)(images())
 
 
 def test_an_id_without_dimensions_is_one_task_for_all(sam):

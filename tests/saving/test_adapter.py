@@ -195,7 +195,7 @@ class TestChecksums:
 
     def test_the_base_may_move(self, path, sam_path):
         edit_json(path / "adapter_config.json", lambda values: values.update(base_model_name_or_path=str(sam_path)))
-        FROM_ADAPTER(path)
+        assert FROM_ADAPTER(path).get_base_model().name_or_path == str(sam_path)
 
     @pytest.mark.parametrize("make_config", [talora, lora])
     def test_of_an_older_version(self, sam, pixels, tmp_path, make_config):

@@ -166,5 +166,9 @@ class TestPatterns:
         assert time.perf_counter() - start < 0.7
 
     def test_names_need_no_process(self, monkeypatch):
-        monkeypatch.setattr("subprocess.run", None)
+        started = []
+        monkeypatch.setattr("subprocess.run", lambda command, **options: started.append(command))
         check_patterns(LoraConfig(target_modules=["qkv", "layers.0.attn"], modules_to_save=["a_b.c-d"]), self.NAMES)
+        assert not started
+        check_patterns(LoraConfig(target_modules="qkv|proj"), self.NAMES)
+        assert len(started) == 1

@@ -33,12 +33,18 @@ class TestCheckTensors:
     )
     def test_what_fits(self, dtype):
         check_tensors("weights", tensors(a=torch.ones(2, 3).to(dtype)), EXPECTED)
+        with pytest.raises(ValueError, match="'a' is not finite"):
+            check_tensors("weights", tensors(a=torch.full((2, 3), float("nan")).to(dtype)), EXPECTED)
 
     def test_what_need_not_be_there(self):
         check_tensors("weights", tensors(old=torch.ones(1)), EXPECTED)
+        with pytest.raises(ValueError, match="'old' has another shape"):
+            check_tensors("weights", tensors(old=torch.ones(2)), EXPECTED)
 
     def test_large_numbers_of_double_precision_are_finite(self):
         check_tensors("weights", tensors(a=torch.full((2, 3), 1e300, dtype=torch.float64)), EXPECTED)
+        with pytest.raises(ValueError, match="'a' is not finite"):
+            check_tensors("weights", tensors(a=torch.full((2, 3), 1e300, dtype=torch.float64).float()), EXPECTED)
 
     @pytest.mark.parametrize(
         ("changes", "message"),

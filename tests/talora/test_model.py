@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from small_models import adapter_size
+from small_models import adapter_size, differ, images
 from torch import nn
 from transformers import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder
@@ -24,10 +24,6 @@ def tuned(sam, *args, **changes):
     return get_peft_model(sam.double(), config(*args, **changes), autocast_adapter_dtype=False)
 
 
-def images(batch=2):
-    return torch.randn(batch, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
 @torch.no_grad()
 def predict(model, pixels, **kwargs):
     return model(pixel_values=pixels, **kwargs).pred_masks
@@ -36,10 +32,6 @@ def predict(model, pixels, **kwargs):
 # not 0: torch multiplies in another order where a weight requires a gradient
 def assert_same(got, expected, atol=1e-12):
     torch.testing.assert_close(got, expected, rtol=0, atol=atol)
-
-
-def differ(first, second):
-    return (first - second).abs().max().item() > 1e-3
 
 
 def trainable(model):
