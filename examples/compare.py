@@ -5,7 +5,7 @@
     python examples/compare.py --report       # tables and plot of what is finished, without a run
 
 Every number comes from a run of train_multitask.py with its own folder in OUTPUT_DIR/runs. What is finished is not run
-again, and what was interrupted goes on, so that the same command, or one that asks for more, can be given any time.
+again, and what was interrupted is resumed, so that the same command, or one that asks for more, can be given any time.
 Three learning rates of a method are tried on the validation split with two seeds: its default times 0.4, 1 and 2.5. The
 default is taken unless another is better by more than the seeds differ. The decoders' is chosen first, by decoder-only
 training, and serves all methods. Adapters have the rank at which they have as many parameters as TA-LoRA; one LoRA per task,

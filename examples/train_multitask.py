@@ -78,7 +78,7 @@ def endless(
 ) -> Iterator[dict]:
     """This process's batches from number `start` on, epoch after epoch, each with its own order and augmentation.
 
-    All of it follows from the seed and the batch's number, so that a resumed run goes on in the middle of an epoch, and
+    All of it follows from the seed and the batch's number, so that a run is resumed in the middle of an epoch, and
     what it had already is not loaded again. accelerate's own loaders would start the epoch again.
     """
     processes, index = accelerator.num_processes, accelerator.process_index
@@ -297,7 +297,7 @@ def train(run: Run, checkpoint: Checkpoint | None) -> Trained:
                 saved = save(run, step, model, optimizer, scheduler, best, time.perf_counter() - started)
         if received and not ended:
             where = f"{saved} is complete" if saved else "its checkpoint could not be written"
-            raise Interrupted(received, f"{where}; the same command with --resume latest goes on")
+            raise Interrupted(received, f"{where}; the same command with --resume latest resumes it")
     run.interruption.training = False
     progress.close()
     if best:

@@ -16,7 +16,7 @@ import peft_talora as pt
 
 from .attention import attending
 from .decoder import decoding
-from .measuring import clocked, goes_on, peak_memory
+from .measuring import clocked, needs_more, peak_memory
 from .models import SIZES, Size, adapt, label_maps, make_sam, pixels
 
 # what is on the x axis of each panel, and where it is measured
@@ -61,7 +61,7 @@ def measure_point(point: Point, call: Callable[[], None], args: argparse.Namespa
     point.peak_bytes = peak_memory(call, args.device)
     brief = argparse.Namespace(rounds=min(args.rounds, 3), seconds=args.seconds / 10, longest=args.longest / 10)
     elapsed = 0.0
-    while goes_on(len(point.seconds), elapsed, brief):
+    while needs_more(len(point.seconds), elapsed, brief):
         wall, cpu = clocked(call, args.device)
         point.seconds.append(wall)
         point.cpu_seconds.append(cpu)

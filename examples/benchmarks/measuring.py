@@ -77,7 +77,7 @@ def measure(row: Row, variants: dict[str, Callable[[], None]], args: argparse.Na
     row.peak_bytes = {name: peak_memory(call, args.device) for name, call in variants.items()}
     row.seconds, row.cpu_seconds = ({name: [] for name in variants} for _ in range(2))
     started, round_ = time.perf_counter(), 0
-    while goes_on(round_, time.perf_counter() - started, args):
+    while needs_more(round_, time.perf_counter() - started, args):
         # each of two ways comes first in half of the rounds: what the one leaves in caches, the other finds
         for name, call in list(variants.items())[:: 1 if round_ % 2 else -1]:
             torch.manual_seed(round_)  # the variants of a round draw the same noise, hence the same experts
@@ -88,7 +88,7 @@ def measure(row: Row, variants: dict[str, Callable[[], None]], args: argparse.Na
     return row
 
 
-def goes_on(rounds: int, elapsed: float, args: argparse.Namespace) -> bool:
+def needs_more(rounds: int, elapsed: float, args: argparse.Namespace) -> bool:
     """Whether a row that took `elapsed` seconds for its `rounds` needs another one."""
     if rounds >= min(MIN_ROUNDS, args.rounds) and elapsed > args.longest:
         return False

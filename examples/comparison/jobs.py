@@ -71,7 +71,7 @@ class Job:
         return json.loads(metrics.read_text()) if metrics.is_file() else None
 
     def run(self, threads: int | None, at_once: int = 1) -> dict:
-        """Train, or go on with training, unless it is finished: metrics.json.
+        """Train, or resume training, unless it is finished: metrics.json.
 
         Args:
             threads: CPU threads, unless the run has a number of its own; None leaves it to the script.
@@ -101,7 +101,7 @@ class Job:
         if code != 0:
             lines = log.read_text(errors="replace").strip().splitlines() or ["it is empty"]
             raise RuntimeError(f"{self.folder}: the training script ended with code {code}, see {log}: {lines[-1]}")
-        # what a finished run goes on from is of no use any more
+        # what a finished run would resume from is of no use any more
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         return self.result()
 

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: each is complete or not there, and none holds the base model.
 
 A checkpoint is a directory ``step-N`` with the adapter as `peft_talora.save_adapter` writes it, ``training_state.pt``
-(what else a run needs to go on; tensors, numbers and containers of them, read without unpickling objects) and
+(what else a run needs to resume; tensors, numbers and containers of them, read without unpickling objects) and
 ``checkpoint.json``: the step, the run and its arguments, and the checksum of every file.
 """
 
@@ -108,7 +108,7 @@ def save_checkpoint(
 def find_checkpoint(
     resume: str | None, folder: Path, arguments: dict[str, Any] | None, log: Callable[[str], None] = print
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to start from the beginning.
+    """The checkpoint to resume from, or None to start from the beginning.
 
     Args:
         resume: "latest", a checkpoint's directory, or None.
@@ -138,7 +138,7 @@ def find_checkpoint(
 
 
 def check_arguments(saved: dict[str, Any], given: dict[str, Any], where: Path) -> None:
-    """Refuse to go on with what was begun with other arguments. More `--steps` than there were are no others.
+    """Refuse to resume what was begun with other arguments. More `--steps` than there were are no others.
 
     Raises:
         ValueError: Naming each argument that differs, the value given and the value saved.
@@ -153,7 +153,7 @@ def check_arguments(saved: dict[str, Any], given: dict[str, Any], where: Path) -
 
 
 def has_more_steps(saved: dict[str, Any], given: dict[str, Any]) -> bool:
-    """Whether a run is to go on beyond its end."""
+    """Whether a run is to continue beyond its end."""
     return given.get(STEPS, 0) > saved.get(STEPS, math.inf)
 
 
@@ -177,7 +177,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Make all generators go on where [`random_state`] was called."""
+    """Bring all generators back to where they were when [`random_state`] was called."""
     torch.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -74,7 +74,7 @@ def claimed(directory: Path, overwrite: bool, resume: str | None) -> Iterator[No
         FileExistsError: It has files that no run of this script wrote, and `overwrite` is not said.
         BlockingIOError: Another run writes there.
     """
-    # a checkpoint to go on from says, too, whose it is
+    # a checkpoint to resume from says, too, whose it is
     if not overwrite and not (resume and any(directory.glob(f"*{CHECKPOINTS}/step-*/{CHECKPOINT_RECORD}"))):
         refuse_foreign(directory)
     with locked(directory):
@@ -175,7 +175,7 @@ def tell_of_earlier(directory: Path, step: int) -> None:
         steps = [int(path.name.removeprefix("step-")) for path in aside.glob("step-*") if path.name[5:].isdecimal()]
         if max(steps, default=0) > step:
             print(
-                f"{aside} has the checkpoints of an earlier run; --resume {aside / f'step-{max(steps)}'} goes on from its last"
+                f"{aside} has the checkpoints of an earlier run; --resume {aside / f'step-{max(steps)}'} resumes its last"
             )
 
 

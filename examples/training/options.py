@@ -184,7 +184,7 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     add("--checkpoint-every", type=count, metavar="N", help=f"steps between checkpoints (default: a {CHECKPOINTS}th of all, "
         f"{LONGEST_INTERVAL} at most)")  # fmt: skip
     add("--keep-checkpoints", type=count, default=3, metavar="N", help="how many checkpoints to keep, the last ones")
-    add("--resume", metavar="CHECKPOINT", help="latest, or a checkpoint's folder: go on from there, bit for bit as if never "
+    add("--resume", metavar="CHECKPOINT", help="latest, or a checkpoint's folder: resume from there, bit for bit as if never "
         "interrupted; --steps may be more than before")  # fmt: skip
     add("--push-to-hub", metavar="ID", help="upload the adapter to this repository on the Hub")
     return parser
@@ -225,7 +225,7 @@ def misfit(args: argparse.Namespace, given: set[str]) -> str | None:
         (args.method not in ADAPTER_LR, ["lr"], "does not apply to --method decoder: there is no adapter, see --decoder-lr"),
         (args.keep_best is None, ["patience"], "needs --keep-best METRIC"),
         (args.init_from is not None, OF_THE_ADAPTER, "cannot be chosen with --init-from: the adapter says it"),
-        (args.init_from is not None, ["resume"], "goes on with a run, --init-from starts one: give one of them"),
+        (args.init_from is not None, ["resume"], "resumes a run, --init-from starts one: give one of them"),
         (args.eval_only, OF_TRAINING, "does not apply to --eval-only"),
         (args.eval_only and args.baseline == "train", ["baseline"], "train does not apply to --eval-only: give a metrics.json"),
     ]  # fmt: skip

@@ -51,7 +51,7 @@ class Run:
     model: Any = None
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the run that it goes on with."""
+        """What a resumed run must have in common with the run before it."""
         named = {option(name): value for name, value in vars(self.args).items() if name not in FREE_OPTIONS}
         return {
             **named,
@@ -100,7 +100,7 @@ def at_step(run: Run, step: int) -> Iterator[None]:
 
 
 def save(run: Run, step: int, model, optimizer, scheduler, best: BestAdapter | None, seconds: float) -> Path | None:
-    """Write a checkpoint, the states of all processes by the first one. Where it cannot be written, training goes on."""
+    """Write a checkpoint, the states of all processes by the first one. Where it cannot be written, training continues."""
     accelerator, unwrapped = run.accelerator, run.accelerator.unwrap_model(model)
     if not all(parameter.isfinite().all() for parameter in unwrapped.parameters() if parameter.requires_grad):
         raise Diverged("the trained weights are not finite any more")
@@ -118,7 +118,7 @@ def save(run: Run, step: int, model, optimizer, scheduler, best: BestAdapter | N
             keep = run.args.keep_checkpoints
             saved = save_checkpoint(run.checkpoints, step, unwrapped, state, run.identity(), keep, run.name)
         except OSError as error:
-            tqdm.write(f"{error}; the checkpoints before it stay, and training goes on", file=sys.stderr)
+            tqdm.write(f"{error}; the checkpoints before it stay, and training continues", file=sys.stderr)
     accelerator.wait_for_everyone()
     return saved
 

@@ -100,7 +100,7 @@ class ConvLoraModel(PluginTuner):
 
 
 def _forget_last_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook: layers that this forward does not reach must not go on counting in the auxiliary loss."""
+    """Forward pre-hook: layers that this forward does not reach must not count any more in the auxiliary loss."""
     for layer in model.modules():
         if isinstance(layer, ConvLoraLayer):
             layer.remember({})

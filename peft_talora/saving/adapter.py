@@ -168,7 +168,7 @@ def _parse_config(values: Mapping[str, Any], file: Path) -> PeftConfig:
 
 
 def _line(error: Exception) -> str:
-    """Its first line; torch's go on with what happened in C++."""
+    """Its first line; torch's have more, of what happened in C++."""
     return f"{str(error).strip().partition(chr(10))[0]:.500}"
 
 

@@ -69,7 +69,7 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_bit_for_bit(
     with monkeypatch.context():
         at_step(2, lambda model: os.kill(os.getpid(), number))
         with pytest.raises(
-            Interrupted, match=rf"{number.name}: .*step-2 is complete; .*--resume latest goes on"
+            Interrupted, match=rf"{number.name}: .*step-2 is complete; .*--resume latest resumes it"
         ) as error:
             script.main(arguments(tmp_path / "stopped", *options))
         assert error.value.received == number
@@ -137,7 +137,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(run, options, tmp_path, m
     told = capsys.readouterr().err
     for step in (2, 3):
         assert f"checkpoint {tmp_path / 'checkpoints' / f'step-{step}'} could not be written" in told
-    assert "MB left; the checkpoints before it stay, and training goes on" in told
+    assert "MB left; the checkpoints before it stay, and training continues" in told
 
 
 def test_the_adapter_is_saved_before_it_is_evaluated(arguments, options, tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ class TestFolders:
         ]
         assert "are now in" in capsys.readouterr().out
         run(tmp_path, *options, "--steps", "1", "--resume", "latest")
-        assert f"--resume {tmp_path / 'checkpoints.old-2/step-2'} goes on from its last" in capsys.readouterr().out
+        assert f"--resume {tmp_path / 'checkpoints.old-2/step-2'} resumes its last" in capsys.readouterr().out
 
     def test_a_run_that_goes_on_from_elsewhere_leaves_the_one_that_is_here(self, run, options, tmp_path):
         run(tmp_path / "a", *options)

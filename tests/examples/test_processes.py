@@ -85,7 +85,7 @@ def test_two_processes_train_what_one_trains_and_go_on_where_they_stopped(argume
             script.main(arguments(tmp_path / f"one-{name}", *options, "--batch-size", "4", "--task-pass", name))
             assert_close(tmp_path / f"two-{name}", tmp_path / f"one-{name}")
             assert_close_metrics(tmp_path / f"two-{name}", tmp_path / f"one-{name}")
-    # every process has noise of its own, and goes on with it
+    # every process has noise of its own, and keeps it when resumed
     state = torch.load(tmp_path / "whole/checkpoints/step-2/training_state.pt", weights_only=True)
     first, second = (random["torch"] for random in state["random"])
     assert not torch.equal(first, second)

@@ -97,7 +97,7 @@ def test_the_last_are_kept(save, folder):
     for step in (2, 4, 6, 8, 10):
         save(step, keep=3)
     assert steps(folder) == [6, 8, 10]
-    # going on from an earlier one: those that lie ahead stay, until their turn comes
+    # resumed from an earlier one: those that lie ahead stay, until their turn comes
     save(7, keep=1)
     assert steps(folder) == [7, 8, 10]
     save(8, keep=2)

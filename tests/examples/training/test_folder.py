@@ -95,7 +95,7 @@ class TestSettingAside:
         folder.tell_of_earlier(tmp_path, 120)
         assert capsys.readouterr().out == ""
         folder.tell_of_earlier(tmp_path, 7)
-        assert f"--resume {tmp_path / 'checkpoints.old-2/step-120'} goes on from its last" in capsys.readouterr().out
+        assert f"--resume {tmp_path / 'checkpoints.old-2/step-120'} resumes its last" in capsys.readouterr().out
 
 
 # holds a directory until its input ends

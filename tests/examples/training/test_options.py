@@ -111,7 +111,7 @@ def test_impossible_values(argv, message, refused):
         (["--patience", "3"], "--patience needs --keep-best"),
         (["--init-from", "x", "--method", "lora"], "--method cannot be chosen with --init-from"),
         (["--init-from", "x", "--ran", "3"], "--rank cannot be chosen with --init-from"),
-        (["--init-from", "x", "--resume", "latest"], "--resume goes on with a run, --init-from starts one"),
+        (["--init-from", "x", "--resume", "latest"], "--resume resumes a run, --init-from starts one"),
         (["--eval-only"], "--eval-only needs --init-from"),
         (["--eval-only", "--init-from", "x", "--steps", "240"], "--steps does not apply to --eval-only"),
         (["--eval-only", "--init-from", "x", "--baseline", "train"], "--baseline train does not apply to --eval-only"),
