@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .routing.layers import tuned_layers
+from .tuner.tensors import device_of
 
 
 def auxiliary_loss(model: nn.Module) -> torch.Tensor:
@@ -24,7 +25,7 @@ def auxiliary_loss(model: nn.Module) -> torch.Tensor:
     Returns:
         A 0-dim tensor on the model's device; 0.0 where there is nothing to add.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     values: dict[tuple[Callable[[torch.Tensor], torch.Tensor], str], list[torch.Tensor]] = {}
     for layer in tuned_layers(model):
         if not layer.disable_adapters:

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..registration import add_peft_type
 from ..saving.tensors import Shape, check_sizes
-from ..tuner.config import TargetsConfig, check_bool, check_positive_int, check_probability, is_number
+from ..tuner.checks import check_bool, check_positive_int, check_probability, is_int, is_number
+from ..tuner.config import TargetsConfig
 
 
 @dataclass
@@ -102,7 +103,7 @@ class ConvLoraConfig(TargetsConfig):
         for name in ("noisy_gating", "gate_gradient", "init_weights"):
             check_bool(name, getattr(self, name))
         prefix = self.num_prefix_tokens
-        if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
+        if not is_int(prefix, 0):
             raise ValueError(f"`num_prefix_tokens` must be an integer of at least 0, got {prefix!r}.")
         self._check_grid_size()
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..routing.checkpointing import is_replay
 from ..tuner.layer import PluginLayer
 from ..tuner.low_rank import add_product, project
+from ..tuner.tensors import zero_of
 from .config import ConvLoraConfig
 from .experts import expert_outputs
 from .gate import choose
@@ -212,7 +213,7 @@ class ConvLoraLinear(nn.Module, ConvLoraLayer):
         features = grid.mean((1, 2), dtype=torch.promote_types(grid.dtype, torch.float32))
         choice = choose(features, gate, noise, noisy=self.noisy_gating[adapter_name] and self.training)
         # the gate is in the graph of every forward, so that DDP need not look for unused parameters: a zero with zero gradients
-        bias = self.convlora_expert_bias[adapter_name] + gate.flatten()[:0].sum() + noise.flatten()[:0].sum()
+        bias = self.convlora_expert_bias[adapter_name] + zero_of(gate) + zero_of(noise)
         expert = expert_outputs(grid, choice.index, self.convlora_expert_weight[adapter_name], bias)
         if self.gate_gradient[adapter_name]:
             expert = expert * choice.factor().to(expert.dtype)[:, None, None, None]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from ..tuner.checks import is_int
 from .kind import Numbers, Range, TaskKind
 from .painting import palette
 
@@ -114,7 +115,7 @@ def _advice(classes: np.ndarray, num_channels: int, first: int) -> str:
 
 
 def _first_class(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+    if not is_int(value, 0) or value >= 2**31:
         raise ValueError("expected the number of the first class, an integer >= 0")
     return value
 

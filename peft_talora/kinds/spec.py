@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
+from ..tuner.checks import is_int, is_number
 from .kind import PixelLoss, TaskKind
 from .registry import KINDS
 
@@ -42,9 +42,9 @@ class TaskSpec:
         if self.kind not in KINDS:
             raise ValueError(f"unknown task kind {self.kind!r}, expected one of {', '.join(KINDS)}")
         self.num_channels = self._checked_channels()
-        if not _is_number(self.weight) or not math.isfinite(self.weight) or self.weight < 0:
+        if not is_number(self.weight) or self.weight < 0:
             raise ValueError(f"weight must be a finite number >= 0, got {self.weight!r}")
-        if not _is_integer(self.ignore_index):
+        if not is_int(self.ignore_index):
             raise ValueError(f"ignore_index must be an integer, got {self.ignore_index!r}")
         if self.task_kind.has_classes and self.ignore_index == 255 < self.num_channels:
             self.ignore_index = -1
@@ -89,7 +89,7 @@ class TaskSpec:
             if fixed is None:
                 raise ValueError(f"a {self.kind} task needs num_channels")
             return fixed
-        if not _is_integer(self.num_channels) or self.num_channels < 1:
+        if not is_int(self.num_channels, 1):
             raise ValueError(f"num_channels must be an integer >= 1, got {self.num_channels!r}")
         if fixed is not None and self.num_channels != fixed:
             raise ValueError(f"a {self.kind} task has num_channels={fixed}, got {self.num_channels}")
@@ -104,11 +104,3 @@ class TaskSpec:
         if len(names) != self.num_channels:
             raise ValueError(f"got {len(names)} class_names for num_channels={self.num_channels}")
         return list(names)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

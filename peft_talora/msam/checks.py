@@ -9,6 +9,7 @@ import torch
 
 from ..losses import check_labels
 from ..routing.requests import TaskRequest, resolve_task
+from ..tuner.checks import is_int
 from .configuration import MSamConfig
 from .tasks import TaskSpec
 
@@ -93,7 +94,7 @@ def check_all_labels(
 def checked_image_size(image_size: int | None, vision_config: Any) -> int:
     """`image_size`, or that of the configuration when None."""
     size, patch = vision_config.image_size if image_size is None else image_size, vision_config.patch_size
-    if not isinstance(size, int) or isinstance(size, bool) or size < patch or size % patch:
+    if not is_int(size, patch) or size % patch:
         raise ValueError(f"`image_size` must be a positive multiple of the patch size {patch}, got {size!r}.")
     return size
 
@@ -101,6 +102,6 @@ def checked_image_size(image_size: int | None, vision_config: Any) -> int:
 def checked_chunk(task_chunk: int | None, num_tasks: int) -> int:
     """`task_chunk`, a number of tasks; all of them when None."""
     size = num_tasks if task_chunk is None else task_chunk
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if not is_int(size, 1):
         raise ValueError(f"`task_chunk` must be a positive number of tasks, got {size!r}.")
     return size

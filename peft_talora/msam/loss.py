@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..losses import task_loss
+from ..tuner.checks import is_number
+from ..tuner.tensors import zero_of
 
 
 def task_losses(
@@ -38,7 +39,7 @@ def task_losses(
         if task_logits.shape[0] == 0:
             losses[name] = _zero_loss(model, name, task_logits)
         elif name not in labels:
-            losses[name] = task_logits.flatten()[:0].float().sum()
+            losses[name] = zero_of(task_logits)
         else:
             rows = labels[name].to(task_logits.device)
             if image_index is not None:
@@ -58,7 +59,7 @@ def _check_loss_divisors(loss_divisors: Any, names: list[str]) -> None:
         value = loss_divisors[name]
         if isinstance(value, torch.Tensor) and value.ndim == 0:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if not is_number(value) or value < 0:
             raise ValueError(f"loss_divisors['{name}'] must be a number >= 0 of images per forward, got {value!r}.")
 
 
@@ -68,5 +69,5 @@ def _zero_loss(model: Any, name: str, logits: torch.Tensor) -> torch.Tensor:
     for module in (model.no_mask_embeds[name], model.mask_decoders[name]):
         for parameter in module.parameters():
             if parameter.requires_grad:
-                total = total + parameter.flatten()[:0].float().sum()
+                total = total + zero_of(parameter)
     return total

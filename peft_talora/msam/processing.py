@@ -16,6 +16,7 @@ from transformers import BatchFeature, SamImageProcessorPil
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..pictures import image_array
+from ..tuner.checks import is_int
 from .geometry import check_sides, reshaped_size, restore_logits, restored_map
 from .labels import label_tensor, square_label
 from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
@@ -59,7 +60,7 @@ class MSamProcessor(ImageProcessingMixin):
         image_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
+        if not is_int(image_size, 1):
             raise ValueError(f"image_size must be a positive integer, got {image_size!r}")
         self.image_size = image_size
         self.tasks = None if tasks is None else parse_tasks(tasks)

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ..tuner.checks import is_int
+
 # One task for all samples (a name or an index), or one task per sample (names or indices, or a LongTensor (B,)).
 Task: TypeAlias = str | int
 TaskRequest: TypeAlias = Task | Sequence[Task] | torch.Tensor
@@ -18,7 +20,7 @@ def task_index(task: Task, tasks: Sequence[str]) -> int:
         if task not in tasks:
             raise ValueError(f"Unknown task '{task}'. The known tasks are {list(tasks)}.")
         return tasks.index(task)
-    if isinstance(task, bool) or not isinstance(task, int):
+    if not is_int(task):
         raise ValueError(f"A task is a name or an index, got {task!r} ({type(task).__name__}). Known: {list(tasks)}.")
     if not 0 <= task < len(tasks):
         raise ValueError(f"Task index {task} is out of range for the {len(tasks)} known tasks {list(tasks)}.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..msam.configuration import CHANNEL_MODES
 from ..msam.tasks import TaskSpec, parse_tasks
-from ..tuner.config import check_positive_int
+from ..tuner.checks import check_positive_int
 from .tensors import Shape
 
 MSAM_FIELDS = ("tasks", "channel_mode", "image_size")

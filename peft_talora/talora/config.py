@@ -10,7 +10,8 @@ from typing import Any
 from ..registration import add_peft_type
 from ..routing.names import validate_task_names
 from ..saving.tensors import Shape, check_sizes
-from ..tuner.config import TargetsConfig, check_number, check_positive_int, check_probability
+from ..tuner.checks import check_number, check_positive_int, check_probability
+from ..tuner.config import TargetsConfig
 
 INIT_WEIGHTS = (True, False, "split", "lora", "orthogonal", "normalized")
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
@@ -17,6 +16,7 @@ from ..routing.requests import TaskRequest, task_index
 from ..routing.router import TaskRouter, find_routers, set_task, use_task
 from ..routing.signature import hide_task_ids, show_task_ids
 from ..tuner.model import PluginTuner
+from ..tuner.tensors import device_of
 from .config import TALoraConfig
 from .layer import TALoraLayer, TALoraLinear
 
@@ -179,7 +179,7 @@ class TALoraModel(PluginTuner):
         if adapter_names is None and (task_ids is None or is_msam(self.model)):
             yield
             return
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         with ExitStack() as stack:
             if adapter_names is None:
                 routing = self.task_router.resolve(task_ids, device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,45 +12,7 @@ from peft.config import PeftConfig
 from ..saving.directory import finish_pending
 from ..saving.seal import CONFIG_FILE, WEIGHTS_FILE, check_format, seal
 from ..saving.tensors import Shape, read_shapes
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite int or float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return -sys.float_info.max <= value <= sys.float_info.max
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a finite number."""
-    if not is_number(value):
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
-
-
-def check_positive_int(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-
-
-def check_probability(name: str, value: Any) -> None:
-    """Raise ValueError unless 0 <= `value` < 1."""
-    if not is_number(value) or not 0.0 <= value < 1.0:
-        raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
-
-
-def check_bool(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
-
-
-def check_pattern(name: str, value: str) -> None:
-    """Raise ValueError unless `value` is a regular expression."""
-    try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"`{name}` must be names or a regular expression, got {value!r}: {error}.") from error
+from .checks import check_pattern
 
 
 @dataclass
