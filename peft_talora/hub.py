@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import SamModel
+from transformers import PreTrainedModel
 
 from .msam.adapter import msam_fields
 from .msam.modeling import MSamForMultiTask
@@ -184,7 +184,7 @@ def _check_loads_again(aside: Path, msam: MSamForMultiTask, directory: Path) -> 
 
 def load_adapter(
     path_or_hub_id: str | Path,
-    base_model: SamModel | MSamForMultiTask | str | Path | None = None,
+    base_model: PreTrainedModel | str | Path | None = None,
     is_trainable: bool = False,
     revision: str | None = None,
     verify: bool = True,

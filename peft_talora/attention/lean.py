@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -91,11 +91,12 @@ def one_hot_positions(height: int, width: int, like: torch.Tensor) -> torch.Tens
     return torch.cat([rows, columns], dim=1)
 
 
+M = TypeVar("M", bound=nn.Module)
 _LEAN = {SamVisionAttention: LeanSamVisionAttention, SamVisionSdpaAttention: LeanSamVisionSdpaAttention}
 _PLAIN = {lean: plain for plain, lean in _LEAN.items()}
 
 
-def lean_attention(model: nn.Module, enabled: bool = True) -> Any:
+def lean_attention(model: M, enabled: bool = True) -> M:
     """Let a SAM's image encoder attend without the N x N position bias, exactly; or undo it.
 
     Parameters, adapters, hooks and state dict stay as they are. Attention weights cannot be recorded meanwhile. Saving is

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import SamModel
+from transformers import PreTrainedModel, SamModel
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamPositionalEmbedding,
@@ -201,7 +202,9 @@ class MSamForMultiTask(SamPreTrainedModel):
             )
 
     @classmethod
-    def from_adapter(cls, path_or_hub_id: str | Path, base_model: Any = None, **kwargs: Any) -> Any:
+    def from_adapter(
+        cls, path_or_hub_id: str | Path, base_model: PreTrainedModel | str | Path | None = None, **kwargs: Any
+    ) -> PeftModel:
         """Load a saved adapter with everything it needs. See [`peft_talora.hub.load_adapter`]."""
         return load_saved(cls, path_or_hub_id, base_model=base_model, **kwargs)
 
