@@ -63,17 +63,17 @@ class MSamGrowth:
 
     def _new_embedding(self) -> nn.Embedding:
         """The SAM's no-mask embedding, for each channel."""
-        sams = None
-        for task, module in self._base_modules("no_mask_embeds"):
-            weight = module.weight.detach()
-            sams = weight[:1] if sams is None else sams
+        weights = {task: module.weight.detach() for task, module in self._base_modules("no_mask_embeds")}
+        sams = next(iter(weights.values()))[:1]
+        for task, weight in weights.items():
             self._check_is_sams("no_mask_embeds", task, [(weight, sams.expand_as(weight))])
         rows = 1 if self.msam.config.channel_mode == "token" else self.specs[self.name].num_channels
         return nn.Embedding.from_pretrained(sams.expand(rows, -1).clone(), freeze=False)
 
     def _new_decoder(self) -> nn.Module:
         """The SAM's mask decoder."""
-        decoder, sams = None, {}
+        decoder: nn.Module | None = None
+        sams: dict[str, torch.Tensor] = {}
         for task, module in self._base_modules("mask_decoders"):
             state = module.state_dict()
             state = token_decoder_state(state, 1) if isinstance(module, MSamTokenDecoder) else state

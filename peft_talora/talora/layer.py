@@ -24,7 +24,7 @@ class TALoraLayer(MergingLayer):
     """The factors of TA-LoRA for one linear layer, and what PEFT does with every tuner layer."""
 
     # All names of layers that may contain (trainable) adapter weights
-    adapter_layer_names = ("talora_G", "talora_U1", "talora_U2", "talora_U3")
+    adapter_layer_names: tuple[str, ...] = ("talora_G", "talora_U1", "talora_U2", "talora_U3")
     # All names of other parameters that may contain adapter-related parameters
     other_param_names = ("r_in", "r_out", "r_task", "scaling", "talora_dropout", "enable_qkv", "ortho_reg_weight")
 

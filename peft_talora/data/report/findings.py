@@ -126,7 +126,7 @@ def _partners(splits: Mapping[str, Any], summaries: Mapping[str, SplitSummary]) 
     """Images without labels."""
     for split, summary in summaries.items():
         for name, task in summary.tasks.items():
-            if 0 < task.labelled_images < task.images:
+            if 0 < task.labelled_images < task.images and task.unlabelled is not None:
                 example = place_of(splits[split], task.unlabelled)
                 yield f"{split}: {name}: {task.images - task.labelled_images} images have no label, such as {example}"
 

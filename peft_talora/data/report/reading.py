@@ -40,8 +40,9 @@ def examine_rows(
     keys = [_key(rows, index) for index in range(len(rows))] if cache else [None] * len(rows)
 
     def examine(index: int) -> dict[str, Any]:
-        if keys[index] in known:
-            return known[keys[index]]
+        key = keys[index]
+        if key is not None and key in known:
+            return known[key]
         try:
             return examine_row(lambda: reader[index], tasks)
         except Exception as error:  # whatever a broken file makes its reader raise
@@ -69,7 +70,7 @@ def _key(rows: Any, index: int) -> str | None:
     """What is another where a row's content is: its files' times and sizes, or the fingerprint of the data."""
     stored = stored_row(rows, index)
     if stored is not None:
-        return json.dumps(list(_file_states(stored.values())))
+        return json.dumps(list(_file_states(list(stored.values()))))
     fingerprint = getattr(rows, "_fingerprint", None)
     return None if fingerprint is None else f"{fingerprint}/{index}"
 
