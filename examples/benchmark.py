@@ -25,6 +25,7 @@ from benchmarks.attention import attention
 from benchmarks.convlora import layers, steps
 from benchmarks.decoder import decoder
 from benchmarks.growth import Point, draw, growth
+from benchmarks.low_rank import low_rank
 from benchmarks.measuring import Row
 from benchmarks.models import SIZES
 from benchmarks.talora import talora
@@ -33,6 +34,7 @@ from benchmarks.tasks import tasks
 GROUPS: dict[str, Callable[[argparse.Namespace], Iterator[Row | Point]]] = {
     "layer": layers,
     "step": steps,
+    "low_rank": low_rank,
     "talora": talora,
     "tasks": tasks,
     "decoder": decoder,

@@ -27,7 +27,7 @@ BOXES = "Last Resort"
 @contextmanager
 def fonts_for(texts: Iterable[str]) -> Iterator[None]:
     """Draw these texts with installed fonts that have their characters; the first time that there is none, a note says so."""
-    families = _families(frozenset("".join(texts)))
+    families = families_for(frozenset("".join(texts)))
     with warnings.catch_warnings(), matplotlib.rc_context({"font.family": [FONT, *families]}):
         # one warning for every character, picture and row
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from")
@@ -35,12 +35,12 @@ def fonts_for(texts: Iterable[str]) -> Iterator[None]:
 
 
 @functools.lru_cache
-def _families(characters: frozenset[str]) -> tuple[str, ...]:
+def families_for(characters: frozenset[str]) -> tuple[str, ...]:
     missing = {character for character in characters if character.isprintable()}
     missing -= _characters(font_manager.findfont(FONT), missing)
-    families = _families_with(missing)
+    families = _families_having(missing)
     if missing and _add_new_fonts():
-        families += _families_with(missing)
+        families += _families_having(missing)
     if missing:
         shown = "".join(sorted(missing)[:10])
         print(
@@ -51,7 +51,7 @@ def _families(characters: frozenset[str]) -> tuple[str, ...]:
     return tuple(families)
 
 
-def _families_with(missing: set[str]) -> list[str]:
+def _families_having(missing: set[str]) -> list[str]:
     """Families of fonts that have these characters; those that are found are taken out."""
     families = []
     for entry in font_manager.fontManager.ttflist:

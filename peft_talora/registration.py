@@ -12,11 +12,11 @@ _MINIMUM_PEFT = "0.21"
 
 def _peft_error(reason: str) -> ImportError:
     try:
-        found = version("peft")
+        installed = version("peft")
     except PackageNotFoundError:
-        found = "no peft"
+        installed = "no peft"
     return ImportError(
-        f"peft_talora works with peft >= {_MINIMUM_PEFT}, found {found}: {reason}. "
+        f"peft_talora works with peft >= {_MINIMUM_PEFT}, found {installed}: {reason}. "
         f'Install a fitting version with: pip install "peft>={_MINIMUM_PEFT}"'
     )
 

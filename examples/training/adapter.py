@@ -25,7 +25,7 @@ def adapted_layers(encoder: nn.Module, targets: str, layers: str) -> dict[str, A
         layers: "all", or "last-half": what comes before is the same for all tasks, and runs once for all of them.
     """
     names = {name.rpartition(".")[2] for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
-    blocks = len(encoder.blocks)
+    blocks = len(getattr(encoder, "blocks", None) or encoder.layers)
     fused = [name for name in names if name == "qkv"]
     return {
         # as the tuners' defaults: SAM 3 has no fused projection

@@ -28,7 +28,7 @@ class Data:
         augment: Random changes of what is trained on.
         validation: Rows by which the best adapter is chosen, where that is asked for; none of them is trained or tested on.
         source: What the rows are from.
-        identity: What else a resumed run must have in common with the run that it goes on with.
+        identity: What else a resumed run must have in common with the run before it.
         make_dataset: Makes items to train on of rows, as `MultiTaskDataset` does.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -117,6 +117,7 @@ def one_hot_positions(height: int, width: int, like: torch.Tensor) -> torch.Tens
     return torch.cat([rows, columns], dim=1)
 
 
+M = TypeVar("M", bound=nn.Module)
 _LEAN = {
     SamVisionAttention: LeanSamVisionAttention,
     SamVisionSdpaAttention: LeanSamVisionSdpaAttention,
@@ -126,7 +127,7 @@ _LEAN = {
 _PLAIN = {lean: plain for plain, lean in _LEAN.items()}
 
 
-def lean_attention(model: nn.Module, enabled: bool = True) -> Any:
+def lean_attention(model: M, enabled: bool = True) -> M:
     """Let the image encoder of a SAM or SAM-HQ attend without the N x N position bias, exactly; or undo it.
 
     SAM 2 and SAM 3 have no such bias.

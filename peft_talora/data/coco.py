@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from .extras import import_coco_masks, import_datasets
 from .folder.checks import is_inside, quoted
 from .images import ImageHeader, read_header, read_image
 
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
 BACKGROUND = "background"
 TASKS = ("semantic", "saliency", "edges")
 
@@ -23,7 +26,7 @@ _ROBOFLOW = "_annotations.coco.json"
 _COCO = "annotations/instances_*.json"
 
 
-def load_coco(path: str | Path) -> Any:
+def load_coco(path: str | Path) -> DatasetDict:
     """Images and the outlines of their objects as a dataset of three tasks.
 
     "semantic" has the categories, after a background, where objects overlap the smaller one's; "saliency" is what any object

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -208,7 +209,9 @@ class MSamForMultiTask(SamPreTrainedModel):
         self.family.copy_parts(self, sam)
 
     @classmethod
-    def from_adapter(cls, path_or_hub_id: str | Path, base_model: Any = None, **kwargs: Any) -> Any:
+    def from_adapter(
+        cls, path_or_hub_id: str | Path, base_model: PreTrainedModel | str | Path | None = None, **kwargs: Any
+    ) -> PeftModel:
         """Load a saved adapter with everything it needs. See [`peft_talora.hub.load_adapter`]."""
         return load_saved(cls, path_or_hub_id, base_model=base_model, **kwargs)
 

@@ -80,10 +80,10 @@ def route_adapters(
     by_adapter = {}
     for adapter_name in set(names) - {BASE_MODEL}:
         rows = samples_of(adapter_name, names)
-        theirs = (
+        tasks_of_its_samples = (
             task_ids[rows.to(task_ids.device)] if isinstance(task_ids, torch.Tensor) else [task_ids[i] for i in rows]
         )
-        ids = torch.as_tensor(resolve_task(theirs, router.tasks[adapter_name], device))
+        ids = torch.as_tensor(resolve_task(tasks_of_its_samples, router.tasks[adapter_name], device))
         by_adapter[adapter_name] = ids.new_zeros(len(names)).index_put((rows.to(ids.device),), ids)
     return Routing(by_adapter, source=task_ids, adapter_names=names)
 

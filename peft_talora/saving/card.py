@@ -169,4 +169,4 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def escaped(text: str) -> str:
     """One line of Markdown that shows `text` as it is: no cell, link, emphasis, HTML or formula of its own."""
     text = " ".join(str(text).split())
-    return re.sub(r"[\\`*~\[\]<>|&$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda found: f"\\{found[0]}", text)
+    return re.sub(r"[\\`*~\[\]<>|&$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda match: f"\\{match[0]}", text)

@@ -85,9 +85,9 @@ def _download(hub_id: str, **download: Any) -> Path:
 
 
 def _base_msam(msam_class: MSamClass, base_model: Any, adapter: SavedAdapter) -> PreTrainedModel:
-    own = adapter.config.base_model_name_or_path
+    trained_on = adapter.config.base_model_name_or_path
     if base_model is None:
-        base_model = own
+        base_model = trained_on
         if not base_model:
             raise ValueError(
                 f"'{adapter.directory}' does not say which SAM it was trained on: pass base_model=, a SAM or the name "
@@ -101,13 +101,15 @@ def _base_msam(msam_class: MSamClass, base_model: Any, adapter: SavedAdapter) ->
         try:
             family = None if isinstance(base_model, str | Path) else family_of_model(base_model)
             if family is not None:
-                check_same_family(adapter.recipe, family.model_type, own)
+                check_same_family(adapter.recipe, family.model_type, trained_on)
             msam = msam_class.from_sam(base_model, **recipe)
         except ValueError as error:
             raise ValueError(f"The mSAM of {adapter.recipe_file} could not be made: {error}") from error
     _check_untuned(msam)
-    if is_hub_id(own) and is_hub_id(msam.name_or_path) and own != msam.name_or_path:
-        warnings.warn(f"The adapter was trained on '{own}', the base model is '{msam.name_or_path}'.", stacklevel=4)
+    if is_hub_id(trained_on) and is_hub_id(msam.name_or_path) and trained_on != msam.name_or_path:
+        warnings.warn(
+            f"The adapter was trained on '{trained_on}', the base model is '{msam.name_or_path}'.", stacklevel=4
+        )
     return msam
 
 

@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+
+from peft import PeftConfig
 
 # matching the names of a large model's modules takes a few milliseconds
 TIMEOUT = 0.5
@@ -23,7 +24,7 @@ for pattern in patterns:
 """
 
 
-def check_patterns(config: Any, names: Iterable[str]) -> None:
+def check_patterns(config: PeftConfig, names: Iterable[str]) -> None:
     """Refuse a PEFT configuration with a regular expression that is none, or that does not come to an end.
 
     Args:
@@ -43,7 +44,7 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
         _check_time(patterns, list(names))
 
 
-def _patterns(config: Any) -> Iterator[tuple[str, str]]:
+def _patterns(config: PeftConfig) -> Iterator[tuple[str, str]]:
     """Every entry that PEFT matches with names of modules, `(field, expression)`."""
     for field in (
         "target_modules",

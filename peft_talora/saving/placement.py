@@ -20,10 +20,10 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None or dtype == "auto":
         return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
         raise ValueError(f"`dtype` must be a floating point type such as torch.bfloat16 or 'bfloat16', got {dtype!r}.")
-    return found
+    return parsed
 
 
 def place(model: PreTrainedModel, device_map: str | int | torch.device | dict[str, Any] | None) -> None:

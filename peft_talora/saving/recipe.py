@@ -89,10 +89,10 @@ def check_sizes_against_weights(specs: Mapping[str, TaskSpec], shapes: Mapping[s
 
 def _saved_sizes(specs: Mapping[str, TaskSpec], shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Of each task that has a decoder or embedding in the weights, the largest size or number of its tensors."""
-    found: dict[str, list[int]] = {}
+    sizes_of: dict[str, list[int]] = {}
     for name, shape in shapes.items():
         parts = name.split(".")
         for part, task in pairwise(parts):
             if part in ("mask_decoders", "no_mask_embeds") and task in specs:
-                found.setdefault(task, []).append(max(shape, default=1))
-    return {task: max(len(sizes), *sizes) for task, sizes in found.items()}
+                sizes_of.setdefault(task, []).append(max(shape, default=1))
+    return {task: max(len(sizes), *sizes) for task, sizes in sizes_of.items()}

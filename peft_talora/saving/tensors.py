@@ -193,12 +193,12 @@ def check_adapter_state(
     """
     if _CHECKED.get():
         return
-    own = model.state_dict()
+    in_model = model.state_dict()
     # a model with an injected adapter has no prefix, which PEFT takes away later
-    stripped = {name: name.removeprefix(PEFT_PREFIX) for name in state if name not in own}
-    state = {stripped[name] if stripped.get(name) in own else name: value for name, value in state.items()}
-    wanted = {name for name in own if f".{prefix}" in name and name.endswith(f".{adapter_name}")}
-    _check_names(whence, state, wanted, own)
+    stripped = {name: name.removeprefix(PEFT_PREFIX) for name in state if name not in in_model}
+    state = {stripped[name] if stripped.get(name) in in_model else name: value for name, value in state.items()}
+    required = {name for name in in_model if f".{prefix}" in name and name.endswith(f".{adapter_name}")}
+    _check_names(whence, state, required, in_model)
     for name, value in state.items():
         check_finite(whence, name, value)
 

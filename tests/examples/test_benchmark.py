@@ -76,9 +76,9 @@ class TestMeasuring:
         [(6, 0.0, True), (7, 3.9, True), (7, 4.1, False), (2, 21.0, True), (3, 21.0, False), (6, 19.0, True)],
     )
     def test_rounds(self, benchmark, rounds, elapsed, expected):
-        from benchmarks.measuring import goes_on
+        from benchmarks.measuring import needs_more
 
-        assert goes_on(rounds, elapsed, benchmark.parse_arguments([])) is expected
+        assert needs_more(rounds, elapsed, benchmark.parse_arguments([])) is expected
 
     @pytest.mark.parametrize(("error", "fails"), [(1e-4, True), (5e-6, False), (float("nan"), True)])
     def test_two_ways_must_be_equal(self, error, fails):

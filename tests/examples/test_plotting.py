@@ -16,9 +16,9 @@ def fonts(monkeypatch):
     """Fonts that are added are forgotten."""
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda *_: [])
-    plotting._families.cache_clear()
+    plotting.families_for.cache_clear()
     yield
-    plotting._families.cache_clear()
+    plotting.families_for.cache_clear()
 
 
 def make_font(path, characters):

@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...kinds import TaskSpec
 from ..columns import IMAGE_COLUMN, task_column
@@ -17,11 +19,14 @@ from .files import FolderFiles, find_files
 from .labels import read_label
 from .splits import split_names
 
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
 # So many images are looked into to find out how their numbers are meant.
 _LOOKED_INTO = 32
 
 
-def load_folder_dataset(folder: str | Path, description: Mapping[str, Any] | None = None) -> Any:
+def load_folder_dataset(folder: str | Path, description: Mapping[str, Any] | None = None) -> DatasetDict:
     """The splits of a folder of image and label files.
 
     The rows hold paths, and their files are read, checked and converted when a row is asked for. An image without a
@@ -78,7 +83,7 @@ class FolderRows:
         columns: dict[str, list[Any]] = {IMAGE_COLUMN: images} if images else {}
         # labels alone may be asked for, too
         sources = batch.get(IMAGE_COLUMN) or [None] * max(map(len, batch.values()), default=0)
-        sizes = [image.shape[:2] for image in images] or [None] * len(sources)
+        sizes: list[tuple[int, int] | None] = [image.shape[:2] for image in images] or [None] * len(sources)
         for column in batch:
             if column != IMAGE_COLUMN:
                 columns[column] = [
@@ -87,11 +92,11 @@ class FolderRows:
                 ]
         return columns
 
-    def image(self, path: str) -> Any:
+    def image(self, path: str) -> np.ndarray:
         """The image of a file, uint8 (H, W, 3)."""
         return read_image(path, self.reading.value_range, self.reading.upright, self.reading.max_megapixels)
 
-    def label(self, column: str, path: str, size: tuple[int, int] | None, image: str | None = None) -> Any:
+    def label(self, column: str, path: str, size: tuple[int, int] | None, image: str | None = None) -> np.ndarray:
         """The label map of a file for an image of this size."""
         where, task = self.tasks[column]
         return read_label(Path(path), task, size, where, image=image, reading=self.reading)

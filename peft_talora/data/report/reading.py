@@ -70,7 +70,7 @@ def _key(rows: Any, index: int) -> str | None:
     """What is another where a row's content is: its files' times and sizes, or the fingerprint of the data."""
     stored = stored_row(rows, index)
     if stored is not None:
-        return json.dumps(list(_file_states(stored.values())))
+        return json.dumps(list(_file_states(list(stored.values()))))
     fingerprint = getattr(rows, "_fingerprint", None)
     return None if fingerprint is None else f"{fingerprint}/{index}"
 
