@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.sam.modeling_sam import SamPreTrainedModel
-from transformers.utils import ModelOutput
 
 from ..auxiliary import auxiliary_loss
 from ..routing.requests import TaskRequest
@@ -28,6 +26,7 @@ from .families import FAMILIES, Family, family_of_model
 from .frozen import TaskDecoders
 from .loading import check_plain, load_sam
 from .loss import task_losses
+from .output import MSamOutput
 from .processing import post_process
 from .split import Features
 from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
@@ -36,26 +35,6 @@ LOAD_INSTEAD = (
     "make the mSAM from the SAM as it is, save it with save_pretrained(directory), and load that with "
     "MSamForMultiTask.from_pretrained(directory, {}=...)."
 )
-
-
-@dataclass
-class MSamOutput(ModelOutput):
-    """Output of [`MSamForMultiTask`].
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*):
-            The weighted sum of the tasks' losses and the adapters' auxiliary losses; with `labels` only.
-        losses (`dict[str, torch.Tensor]`, *optional*): The loss of each task, unweighted; with `labels` only.
-        logits (`dict[str, torch.Tensor]`):
-            Per task `(B_t, N_t, 4h, 4w)` for the B_t images that have the task and an image embedding of h x w.
-        image_index (`dict[str, torch.LongTensor]`, *optional*):
-            With `task_ids` only: per task which rows of the batch its B_t images are.
-    """
-
-    loss: torch.Tensor | None = None
-    losses: dict[str, torch.Tensor] | None = None
-    logits: dict[str, torch.Tensor] | None = None
-    image_index: dict[str, torch.Tensor] | None = None
 
 
 class MSamForMultiTask(SamPreTrainedModel):
