@@ -54,8 +54,8 @@ def examine_label(spec: TaskSpec, label: Tensor) -> dict[str, Any]:
         return found
     values = label[..., labelled]
     if kind.has_classes:
-        classes, counts = values.unique(return_counts=True)
-        found["counts"] = {str(number): count for number, count in zip(classes.tolist(), counts.tolist(), strict=True)}
+        counts = values.bincount().tolist()
+        found["counts"] = {str(number): count for number, count in enumerate(counts) if count}
     elif kind.largest_label(spec.num_channels) == 1:
         found["positive"] = int((values >= 0.5).sum())
     elif kind.is_direction:
