@@ -222,7 +222,9 @@ class TestRuns:
     def test_real_partly_labelled_photos(self, run, tmp_path):
         metrics = run(tmp_path / "run", "--dataset", str(PHOTOS), "--baseline", "train")
         assert list(metrics["tasks"]) == ["semantic", "depth", "normals"]
-        assert all(math.isfinite(value) for task in metrics["tasks"].values() for value in task.values())
+        # one of four photos is held out for the test: a task that it has no label of has no number
+        values = [value for task in metrics["tasks"].values() for value in task.values() if value is not None]
+        assert values and all(map(math.isfinite, values))
 
 
 class TestOptimizer:
