@@ -32,25 +32,21 @@ def draw_predictions(model, processor, rows, tasks: Mapping[str, TaskSpec], path
             before the model's own. None where they are not known.
     """
     items = shown_items(rows, tasks, processor)
-    truth = [
-        {name: _crop(item["labels"][name], item, processor.image_size).numpy() for name in tasks} for item in items
-    ]
+    truth = [{name: _crop(item["labels"][name], item, processor).numpy() for name in tasks} for item in items]
     others = {title: maps for title, maps in (others or {}).items() if maps is not None}
     columns = {"truth": truth, **others, "prediction": predict_shown(model, items)}
     _save_grid([_image(item, processor) for item in items], columns, tasks, path)
 
 
-def _crop(values: torch.Tensor, item: dict, image_size: int) -> torch.Tensor:
+def _crop(values: torch.Tensor, item: dict, processor) -> torch.Tensor:
     """Take the padding off a square (..., S, S) map."""
-    size = [int(side) for side in item["original_size"]]
-    scale = image_size / max(size)
-    height, width = (int(side * scale + 0.5) for side in size)
+    height, width = processor.size_in_square([int(side) for side in item["original_size"]])
     return values[..., :height, :width]
 
 
 def _image(item: dict, processor) -> np.ndarray:
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    image = _crop(item["pixel_values"], item, processor.image_size) * std + mean
+    image = _crop(item["pixel_values"], item, processor) * std + mean
     image = F.interpolate(image[None].clamp(0, 1), size=shown_size(item), mode="bilinear", align_corners=False)[0]
     return (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
 

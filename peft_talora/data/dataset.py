@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..msam.geometry import check_sides
-from ..msam.labels import square_label
 from ..msam.processing import MSamProcessor
 from ..msam.tasks import Tasks, TaskSpec, parse_tasks
 from .augmentation import Augmentation
@@ -83,8 +81,7 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         batch = self.processor.pixel_batch([image])
         if not self.own_size:
             # checked when they were read; a crop of them may look odd
-            side = self.processor.image_size
-            labels = {name: square_label(self.tasks[name], label, side) for name, label in labels.items()}
+            labels = {name: self.processor.square_label(self.tasks[name], label) for name, label in labels.items()}
         return {
             "pixel_values": batch["pixel_values"][0],
             "labels": labels,
@@ -101,7 +98,7 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         row = self._rows[index]
         try:
             image, labels = read_row(row, self.tasks)
-            check_sides(image.shape[:2], self.processor.image_size)
+            self.processor.check_sides(image.shape[:2])
         except ValueError as error:
             raise ValueError(f"{place_of(self._rows, index)}: {error}") from error
         return image, labels

@@ -29,9 +29,9 @@ def reshaped_size(size: Sequence[int], image_size: int, to_square: bool = False)
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
 
-def check_sides(size: Sequence[int], image_size: int) -> None:
+def check_sides(size: Sequence[int], image_size: int, to_square: bool = False) -> None:
     """Refuse an image (height, width) so thin that nothing of its shorter side is left at the model's resolution."""
-    if min(reshaped_size(size, image_size)) < 1:
+    if min(reshaped_size(size, image_size, to_square)) < 1:
         raise ValueError(
             f"an image of {size[0]} x {size[1]} pixels (height x width) is too thin: where its longer side has "
             f"{image_size} pixels, the shorter one has none"

@@ -120,16 +120,28 @@ class MSamProcessor(ImageProcessingMixin):
     def pixel_batch(self, arrays: Sequence[np.ndarray]) -> MSamBatch:
         """What ``processor(images)`` gives for images that [`image_array`] made: at least one, each uint8 (H, W, 3)."""
         sizes = [image.shape[:2] for image in arrays]
+        for size in sizes:
+            self.check_sides(size)
         if self.to_square:
             square = (self.image_size, self.image_size)
             arrays = [np.array(Image.fromarray(image).resize(square, Image.Resampling.BILINEAR)) for image in arrays]
-        for image in arrays:
-            check_sides(image.shape[:2], self.image_size)
         batch = MSamBatch(dict(self._images(list(arrays), input_data_format="channels_last", return_tensors="pt")))
         batch["original_sizes"] = sizes
         for key in ("original_sizes", "reshaped_input_sizes"):
             batch[key] = torch.as_tensor(np.asarray(batch[key]), dtype=torch.long)
         return batch
+
+    def check_sides(self, size: Sequence[int]) -> None:
+        """Refuse an image of a size (height, width) of which nothing is left in the model's square."""
+        check_sides(size, self.image_size, self.to_square)
+
+    def size_in_square(self, size: Sequence[int]) -> tuple[int, int]:
+        """(height, width) that an image of a size (height, width) takes in the model's square, from its upper left corner."""
+        return reshaped_size(size, self.image_size, self.to_square)
+
+    def square_label(self, spec: TaskSpec, label: Tensor) -> Tensor:
+        """A label map from ``label_tensor`` as the model's square has it: where its image lies, (S, S) or (C, S, S)."""
+        return square_label(spec, label, self.image_size, self.to_square)
 
     def restore(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits (B, N, h, w) of padded squares as (B, N, H, W) of images of a size (H, W), before any activation."""
@@ -194,12 +206,7 @@ class MSamProcessor(ImageProcessingMixin):
         return {
             name: torch.stack(
                 [
-                    square_label(
-                        spec,
-                        label_tensor(name, spec, row.get(name), (size[0], size[1])),
-                        self.image_size,
-                        self.to_square,
-                    )
+                    self.square_label(spec, label_tensor(name, spec, row.get(name), (size[0], size[1])))
                     for row, size in zip(rows, sizes, strict=True)
                 ]
             )

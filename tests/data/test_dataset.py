@@ -306,6 +306,25 @@ def test_the_processor_that_was_given_prepares_the_images():
     assert torch.equal(item["labels"]["depth"], plain["labels"]["depth"])
 
 
+@pytest.mark.parametrize("to_square", [False, True])
+def test_labels_lie_where_their_image_does(to_square):
+    """Padded or stretched: an image that is its own depth map, which the processor prepares as it does the dataset's rows."""
+    assert HEIGHT != WIDTH
+    rng = np.random.default_rng(0)
+    grey = np.repeat(np.repeat(rng.integers(50, 200, (HEIGHT // 4, WIDTH // 4), dtype=np.uint8), 4, 0), 4, 1)
+    image, depth = np.stack([grey] * 3, axis=-1), grey[None].astype("float32")
+    tasks = {"depth": TaskSpec("depth")}
+    processor = MSamProcessor(64, tasks, image_mean=[0, 0, 0], image_std=[1, 1, 1], to_square=to_square)
+    item = MultiTaskDataset([{"image": image, "depth": depth}], tasks, processor)[0]
+    batch = processor([image], [{"depth": depth}])
+    assert torch.equal(item["labels"]["depth"], batch["labels"]["depth"][0])
+    assert torch.equal(item["pixel_values"], batch["pixel_values"][0])
+    label, pixels = item["labels"]["depth"][0], 255 * item["pixel_values"][0]
+    assert ((label > 0).all() if to_square else (label == 0).any()) and (
+        label[label > 0] - pixels[label > 0]
+    ).abs().max() < 2
+
+
 def test_an_image_is_converted_once(monkeypatch):
     from peft_talora.data import rows as module
 

@@ -65,6 +65,20 @@ def test_the_other_models_columns_stand_beside_the_models_own(model, drawn, tmp_
     assert next(grid, None) is None
 
 
+@pytest.mark.parametrize(("to_square", "shape"), [(False, (24, 32)), (True, (32, 32))])
+def test_the_truth_is_where_the_image_lies(drawn, tmp_path, to_square, shape):
+    tasks = {"depth": pt.TaskSpec("depth")}
+    model = get_peft_model(pt.MSamForMultiTask.from_sam(make_sam(), tasks), pt.TALoraConfig(r=2))
+    processor = pt.MSamProcessor(32, tasks, to_square=to_square)
+    rows = [
+        {"image": np.zeros((12, 16, 3), "uint8"), "depth": np.linspace(1, 2, 192, dtype="float32").reshape(1, 12, 16)}
+    ]
+    image, truth, *_ = drawn(model, processor, rows, tasks, tmp_path / "p.png").pictures
+    label = shown_items(rows, tasks, processor)[0]["labels"]["depth"][..., : shape[0], :]
+    assert image.shape == (12, 16, 3) and truth.shape == (*shape, 3)
+    np.testing.assert_array_equal(truth, draw(tasks["depth"], label, color_range(tasks["depth"], [label])))
+
+
 def test_pictures_touch_whatever_their_shape(model, drawn, tmp_path):
     rows = [make_row(0, side=20), {"image": np.zeros((3, 10, 40), "float32")}]
     processor = pt.MSamProcessor.from_model(model)
