@@ -51,10 +51,9 @@ class MSamConfig(SamConfig):
             raise ValueError(f"`base_model_type` must be one of {list(FAMILIES)}, got {self.base_model_type!r}.")
         if self.base_model_type != SamConfig.model_type:
             # SamConfig would make those of a SAM
-            specs = self.family.model_class.config_class.sub_configs_defaults
+            plain = self.family.model_class.config_class(**{name: getattr(self, name) for name in PARTS})
             for name in PARTS:
-                part, kwargs = specs[name].create_subconfig(name, getattr(self, name), **kwargs)
-                setattr(self, name, part)
+                setattr(self, name, getattr(plain, name))
         super().__post_init__(**kwargs)
         self.family.check(self)
 
