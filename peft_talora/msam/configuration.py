@@ -81,6 +81,11 @@ class MSamConfig(SamConfig):
         return list(self.task_specs) if self.tasks else []
 
     @property
+    def decodes_tokens(self) -> bool:
+        """Whether a task is decoded in one pass, with a token per channel."""
+        return self.channel_mode == "token"
+
+    @property
     def grid_size(self) -> int:
         """Height and width of the image embedding, in tokens."""
         return self.family.grid_size(self.vision_config)

@@ -33,11 +33,7 @@ class MSamTokenDecoder(SamMaskDecoder):
     decodes_tokens = True
 
     def __init__(self, config: SamMaskDecoderConfig, num_channels: int) -> None:
-        own_config = copy.deepcopy(config)
-        own_config._attn_implementation = config._attn_implementation
-        # SAM counts its mask token 0 apart
-        own_config.num_multimask_outputs = num_channels - 1
-        super().__init__(own_config)
+        super().__init__(token_config(config, num_channels))
 
     def forward(
         self,
@@ -79,8 +75,8 @@ def decode(model: Any, name: str, features: Any) -> torch.Tensor:
     if batch_size == 0:
         return embedding.new_zeros(0, num_channels, 4 * height, 4 * width)
     # called, not read: an adapter may have replaced it
-    in_tokens = model.config.channel_mode == "token"
-    no_mask = model.no_mask_embeds[name](torch.arange(1 if in_tokens else num_channels, device=device))
+    number = 1 if model.config.decodes_tokens else num_channels
+    no_mask = model.no_mask_embeds[name](torch.arange(number, device=device))
     return model.family.decode(model, name, features, no_mask, model.get_image_wide_positional_embeddings(device))
 
 
@@ -115,8 +111,10 @@ def token_decoder_state(sam_state: Mapping[str, torch.Tensor], num_channels: int
     return state
 
 
-def single_channel_config(config: Any) -> Any:
-    """The configuration of a plain decoder that a token decoder of one channel can become."""
-    config = copy.deepcopy(config)
-    config.num_multimask_outputs = 0
-    return config
+def token_config(config: Any, num_channels: int) -> Any:
+    """The configuration of a plain decoder that has as many mask tokens as a token decoder has channels."""
+    own_config = copy.deepcopy(config)
+    own_config._attn_implementation = config._attn_implementation
+    # SAM counts its mask token 0 apart
+    own_config.num_multimask_outputs = num_channels - 1
+    return own_config

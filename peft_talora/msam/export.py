@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .decoder import single_channel_config
+from .decoder import token_config
 from .loading import check_plain
 from .modeling import MSamForMultiTask
 
@@ -71,8 +71,8 @@ def _merged(model: PeftModel, task: str) -> MSamForMultiTask:
 
 def _plain_config(msam: MSamForMultiTask) -> PreTrainedConfig:
     decoder = copy.deepcopy(msam.config.mask_decoder_config)
-    if msam.config.channel_mode == "token":
-        decoder = single_channel_config(decoder)
+    if msam.config.decodes_tokens:
+        decoder = token_config(decoder, 1)
     config = msam.family.plain_config(msam.config, decoder)
     config._attn_implementation = msam.config._attn_implementation
     return config

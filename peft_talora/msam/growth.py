@@ -68,14 +68,14 @@ class MSamGrowth:
             weight = module.weight.detach()
             sams = weight[:1] if sams is None else sams
             self._check_is_sams("no_mask_embeds", task, [(weight, sams.expand_as(weight))])
-        rows = 1 if self.msam.config.channel_mode == "token" else self.specs[self.name].num_channels
+        rows = 1 if self.msam.config.decodes_tokens else self.specs[self.name].num_channels
         return nn.Embedding.from_pretrained(sams.expand(rows, -1).clone(), freeze=False)
 
     def _new_decoder(self) -> nn.Module:
         """The SAM's mask decoder."""
         decoder: Any = None
         sams: dict[str, torch.Tensor] = {}
-        decodes_tokens = self.msam.config.channel_mode == "token"
+        decodes_tokens = self.msam.config.decodes_tokens
         for task, module in self._base_modules("mask_decoders"):
             state = module.state_dict()
             state = token_decoder_state(state, 1) if decodes_tokens else state

@@ -87,7 +87,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         hidden_size = config.mask_decoder_config.hidden_size
         self.no_mask_embeds = nn.ModuleDict(
             {
-                name: nn.Embedding(1 if self._decodes_tokens else spec.num_channels, hidden_size)
+                name: nn.Embedding(1 if config.decodes_tokens else spec.num_channels, hidden_size)
                 for name, spec in self.task_specs.items()
             }
         )
@@ -101,10 +101,6 @@ class MSamForMultiTask(SamPreTrainedModel):
     def family(self) -> Family:
         """What there is to know of the base's family; `config.base_model_type` names it."""
         return self.config.family
-
-    @property
-    def _decodes_tokens(self) -> bool:
-        return self.config.channel_mode == "token"
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding of the image encoder, as transformers asks for it."""
@@ -180,7 +176,9 @@ class MSamForMultiTask(SamPreTrainedModel):
         self.shared_image_embedding.load_state_dict(sam.shared_image_embedding.state_dict())
         decoder_state = sam.mask_decoder.state_dict()
         for name, spec in self.task_specs.items():
-            state = token_decoder_state(decoder_state, spec.num_channels) if self._decodes_tokens else decoder_state
+            state = (
+                token_decoder_state(decoder_state, spec.num_channels) if self.config.decodes_tokens else decoder_state
+            )
             self.mask_decoders[name].load_state_dict(state)
             self.no_mask_embeds[name].weight.copy_(
                 sam.prompt_encoder.no_mask_embed.weight.expand_as(self.no_mask_embeds[name].weight)

@@ -11,6 +11,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..split import Features
 
+# the sizes by which a ViT with windows is known
+VIT_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "window_size",
+    "global_attn_indexes",
+)
+
 
 class Family:
     """One family of SAMs: how its parts are made, what travels between them, and how large it is.

@@ -5,11 +5,12 @@ Each class comes before the family's own decoder among the bases.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..decoder import token_config
 
 Levels = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -56,11 +57,7 @@ class ChannelTokens(nn.Module):
     decodes_tokens = True
 
     def __init__(self, config: Any, num_channels: int) -> None:
-        own_config = copy.deepcopy(config)
-        own_config._attn_implementation = config._attn_implementation
-        # mask token 0 is counted apart
-        own_config.num_multimask_outputs = num_channels - 1
-        super().__init__(own_config)
+        super().__init__(token_config(config, num_channels))
 
     def forward(
         self, levels: Levels, position: torch.Tensor, no_mask: torch.Tensor, prompt_tokens: torch.Tensor

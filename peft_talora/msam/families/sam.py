@@ -17,7 +17,7 @@ from transformers.models.sam.modeling_sam import (
 from ..decoder import MSamTokenDecoder
 from ..interpolation import encoder_state_for
 from ..split import SplitEncoder
-from .family import Family
+from .family import VIT_FIELDS, Family
 
 
 class MSamVisionEncoder(SplitEncoder, SamVisionEncoder):
@@ -44,15 +44,7 @@ class SamFamily(Family):
     model_type = "sam"
     checkpoint_types = ("sam",)
     model_class = SamModel
-    base_fields = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "patch_size",
-        "window_size",
-        "global_attn_indexes",
-        "output_channels",
-    )
+    base_fields = (*VIT_FIELDS, "output_channels")
 
     def feature_shapes(self, vision_config: Any) -> tuple[tuple[int, int, int], ...]:
         """The image embedding."""
@@ -74,7 +66,7 @@ class SamFamily(Family):
 
     def decoder(self, config: Any, num_channels: int) -> nn.Module:
         """SAM's own decoder; with a token per channel in token mode."""
-        if config.channel_mode == "token":
+        if config.decodes_tokens:
             return MSamTokenDecoder(config.mask_decoder_config, num_channels)
         return SamMaskDecoder(config.mask_decoder_config)
 
@@ -82,7 +74,7 @@ class SamFamily(Family):
         self, model: Any, name: str, features: torch.Tensor, no_mask: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
         """One decoder pass per channel; one for all of them in token mode."""
-        if model.config.channel_mode == "token":
+        if model.config.decodes_tokens:
             return model.mask_decoders[name](
                 image_embeddings=features,
                 image_positional_embeddings=position,

@@ -139,7 +139,7 @@ class Sam2Family(Family):
 
     def decoder(self, config: Any, num_channels: int) -> nn.Module:
         """The family's decoder, called with features."""
-        if config.channel_mode == "token":
+        if config.decodes_tokens:
             return self.token_decoder_class(config.mask_decoder_config, num_channels)
         return self.decoder_class(config.mask_decoder_config)
 

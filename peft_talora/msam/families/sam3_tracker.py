@@ -14,7 +14,7 @@ from transformers.models.sam3_tracker.modeling_sam3_tracker import (
 )
 
 from ..split import SplitEncoder
-from .family import Family
+from .family import VIT_FIELDS, Family
 from .high_resolution import ChannelPasses, ChannelTokens
 from .sam2 import Sam2Family
 
@@ -53,15 +53,7 @@ class Sam3TrackerFamily(Sam2Family):
     checkpoint_types = ("sam3_tracker", "sam3_video")
     model_class = Sam3TrackerModel
     layers = "vision_encoder.backbone.layers"
-    base_fields = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "patch_size",
-        "window_size",
-        "global_attn_indexes",
-        "pretrain_image_size",
-    )
+    base_fields = (*VIT_FIELDS, "pretrain_image_size")
     image_size_step_name = Family.image_size_step_name
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]

@@ -73,7 +73,7 @@ class SamHQFamily(SamFamily):
 
     def check(self, config: Any) -> None:
         """Token mode would add the one mask of the further token to all channels."""
-        if config.channel_mode == "token":
+        if config.decodes_tokens:
             raise ValueError(
                 "channel_mode='token' is not possible with a SamHQModel: its high-quality token gives one mask, which all "
                 "channels would share. Use channel_mode='prompt'."
