@@ -14,6 +14,7 @@ from .columns import IGNORE_INDEX, IMAGE_COLUMN, task_column
 from .extras import import_coco_masks, import_datasets
 from .folder.checks import is_inside, quoted
 from .images import ImageHeader, read_header, read_image
+from .rows import file_state
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -52,6 +53,7 @@ def load_coco(path: str | Path) -> DatasetDict:
         """Splits that know their tasks."""
 
         tasks: dict[str, TaskSpec]
+        content: str
 
     files = _annotation_files(Path(path).expanduser())
     read = {split: _read(file) for split, file in files.items()}
@@ -68,6 +70,7 @@ def load_coco(path: str | Path) -> DatasetDict:
         values |= {column: [number for number, _ in images] for column in columns.values()}
         rows = CocoRows(content["annotations"], classes, files[split])
         found[split] = datasets.Dataset.from_dict(values, features=datasets.Features(features)).with_transform(rows)
+    found.content = repr([file_state(file) for file in files.values()])
     names = [BACKGROUND, *(categories[number] for number in ids)]
     found.tasks = {
         "semantic": TaskSpec("semantic", len(names), class_names=names),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,17 +114,24 @@ def _row_label(name: str, spec: TaskSpec, row: Mapping[str, Any], size: tuple[in
     return label_tensor(name, spec, label, size)
 
 
-def stored_row(rows: Any, index: int) -> dict[str, Any] | None:
-    """{column: file} of a row that reads its own files; None of any other."""
-    if getattr(rows, "format", {}).get("type") == "custom":
-        return rows.with_format(None)[index]
-    return None
+def stored_rows(rows: Any) -> Any:
+    """Rows {column: file} where they read their own files; None for any others."""
+    return rows.with_format(None) if getattr(rows, "format", {}).get("type") == "custom" else None
 
 
 def place_of(rows: Any, index: int) -> str:
     """Where a row is from, for messages."""
-    stored = stored_row(rows, index)
-    return f"row {index}" if stored is None else f"row {index} ({stored[IMAGE_COLUMN]})"
+    stored = stored_rows(rows)
+    return f"row {index}" if stored is None else f"row {index} ({stored[index][IMAGE_COLUMN]})"
+
+
+def file_state(value: Any) -> Any:
+    """[path, time of the last change, size] of a file; of anything else the value itself."""
+    try:
+        status = os.stat(value) if isinstance(value, str | Path) else None
+    except OSError:
+        status = None
+    return value if status is None else [str(value), status.st_mtime_ns, status.st_size]
 
 
 def _is_encoded(feature: Any) -> bool:

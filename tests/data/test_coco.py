@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from peft_talora.data import MultiTaskDataset, collate, load_multitask_dataset
+from peft_talora.data import MultiTaskDataset, check_dataset, collate, detect_tasks, load_multitask_dataset
 from peft_talora.data.splits import evaluation_rows
 from peft_talora.msam.processing import MSamProcessor
 
@@ -139,3 +139,18 @@ def test_a_mask_of_another_size_names_file_and_annotation(annotations):
         ValueError, match=r"annotation 1 of .*a\.png has no mask: its mask is 4 x 3, its image 30 x 20"
     ):
         load_multitask_dataset(f"coco:{annotations}")["train"][0]
+
+
+def test_a_check_sees_that_the_outlines_have_changed(annotations, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def labelled(outlines):
+        write(annotations, [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "b.png"}], outlines)
+        splits = load_multitask_dataset(f"coco:{annotations}")
+        report, _ = check_dataset(splits, detect_tasks(splits), progress=False)
+        return report.splits["train"].tasks["saliency"].positive
+
+    # 100 of the cat, among which is the dog, and 32 of the crowd; then the cat has 5 x 5, and the dog 15 pixels beside it
+    assert labelled(ANNOTATIONS) == 132
+    smaller = {**ANNOTATIONS[0], "segmentation": outline(2, 2, 7, 7), "area": 25}
+    assert labelled([smaller, *ANNOTATIONS[1:]]) == 25 + 15 + 32

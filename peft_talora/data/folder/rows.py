@@ -137,6 +137,7 @@ def _dataset_dict(description: FolderDescription, files: FolderFiles, splits: Ma
         description: FolderDescription
         files: FolderFiles
         left_out: list[str]
+        content: str
 
     labels = files.labels
     columns = {name: task_column(name) for name in labels}
@@ -152,7 +153,7 @@ def _dataset_dict(description: FolderDescription, files: FolderFiles, splits: Ma
             paths[columns[task]] = [str(matched[name]) if name in matched else None for name in names]
         found[split] = datasets.Dataset.from_dict(paths, features=features).with_transform(rows)
     found.tasks = {name: description.tasks[name].spec for name in labels}
-    found.description, found.files = description, files
+    found.description, found.files, found.content = description, files, repr(description)
     used = {name for names in splits.values() for name in names}
     found.left_out = [name for name in files.images if name not in used]
     return found

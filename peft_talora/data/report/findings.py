@@ -31,17 +31,24 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def find_problems(splits: Mapping[str, Any], summaries: Mapping[str, SplitSummary], source: Any) -> Findings:
+def find_problems(
+    splits: Mapping[str, Any], summaries: Mapping[str, SplitSummary], source: Any, skip_bad_files: bool
+) -> Findings:
     """Look for what is odd.
 
     Args:
         splits: ``{split: rows}``.
         summaries: ``{split: what was found in them}``.
         source: What they are from; a folder knows which of its files were not used.
+        skip_bad_files: Whether rows that cannot be read are left out; else they are errors.
     """
     found = Findings()
     for split, summary in summaries.items():
-        found.errors += _broken(split, summary)
+        if summary.errors and skip_bad_files:
+            number = len(summary.errors)
+            found.notes.append(f"{split}: {number} of {summary.rows} rows are left out, they cannot be read")
+        elif summary.errors:
+            found.errors.append(_broken(split, summary))
         found.warnings += _doubted(split, splits[split], summary)
     train = summaries.get("train")
     for name, task in train.tasks.items() if train else ():
@@ -58,12 +65,11 @@ def find_problems(splits: Mapping[str, Any], summaries: Mapping[str, SplitSummar
     return found
 
 
-def _broken(split: str, summary: SplitSummary) -> Iterator[str]:
-    if summary.errors:
-        shown = [f"\n    {error}" for error in list(summary.errors.values())[:_SHOWN]]
-        more = len(summary.errors) - _SHOWN
-        shown += [f"\n    and {more} more"] if more > 0 else []
-        yield f"{split}: {len(summary.errors)} of {summary.rows} rows cannot be read:{''.join(shown)}"
+def _broken(split: str, summary: SplitSummary) -> str:
+    shown = [f"\n    {error}" for error in list(summary.errors.values())[:_SHOWN]]
+    more = len(summary.errors) - _SHOWN
+    shown += [f"\n    and {more} more"] if more > 0 else []
+    return f"{split}: {len(summary.errors)} of {summary.rows} rows cannot be read:{''.join(shown)}"
 
 
 def _doubted(split: str, rows: Any, summary: SplitSummary) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ...kinds import TaskSpec
 from ..columns import IMAGE_COLUMN, task_column
-from ..rows import array_rows, column_names, place_of, stored_row
+from ..rows import array_rows, column_names, file_state, place_of, stored_rows
 from .row import examine_row
 
 # Raised where what is kept of a row changes.
@@ -37,7 +37,7 @@ def examine_rows(
     columns = [task_column(name) for name in tasks if task_column(name) in column_names(rows)]
     reader = array_rows(rows, [IMAGE_COLUMN, *columns])
     known = _load(cache)
-    keys = [_key(rows, index) for index in range(len(rows))] if cache else [None] * len(rows)
+    keys = _keys(rows) if cache else [None] * len(rows)
 
     def examine(index: int) -> dict[str, Any]:
         key = keys[index]
@@ -46,7 +46,7 @@ def examine_rows(
         try:
             return examine_row(lambda: reader[index], tasks)
         except Exception as error:  # whatever a broken file makes its reader raise
-            return {"error": _named(str(error) or type(error).__name__, place_of(rows, index))}
+            return {"error": f"{place_of(rows, index)}: {error or type(error).__name__}"}
 
     threads = min(_MOST_THREADS, (os.cpu_count() or 1) + 1, max(1, len(rows)))
     with ThreadPoolExecutor(threads) as pool:
@@ -66,26 +66,13 @@ def cache_file(source: str, split: str, tasks: Mapping[str, TaskSpec]) -> Path:
     return folder / f"{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json"
 
 
-def _key(rows: Any, index: int) -> str | None:
+def _keys(rows: Any) -> list[str | None]:
     """What is another where a row's content is: its files' times and sizes, or the fingerprint of the data."""
-    stored = stored_row(rows, index)
+    stored = stored_rows(rows)
     if stored is not None:
-        return json.dumps(list(_file_states(list(stored.values()))))
+        return [json.dumps([file_state(value) for value in row.values()]) for row in stored]
     fingerprint = getattr(rows, "_fingerprint", None)
-    return None if fingerprint is None else f"{fingerprint}/{index}"
-
-
-def _file_states(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        try:
-            status = os.stat(value) if isinstance(value, str) else None
-        except OSError:
-            status = None
-        yield value if status is None else [value, status.st_mtime_ns, status.st_size]
-
-
-def _named(message: str, place: str) -> str:
-    return message if place.partition("(")[2].rstrip(")") in message and "(" in place else f"{place}: {message}"
+    return [None if fingerprint is None else f"{fingerprint}/{index}" for index in range(len(rows))]
 
 
 def _load(cache: Path | None) -> dict[str, Any]:

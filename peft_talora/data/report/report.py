@@ -8,7 +8,7 @@ from typing import Any
 
 from ...kinds import TaskSpec
 from ...msam.tasks import Tasks, parse_tasks
-from ..rows import stored_row
+from ..rows import stored_rows
 from ..splits import select_rows
 from .findings import Findings, find_problems
 from .reading import cache_file, examine_rows
@@ -73,23 +73,17 @@ def check_dataset(
             cache_file(_source(source, rows), split, tasks) if cache and not isinstance(rows, list | tuple) else None
         )
         summaries[split] = summarize(examine_rows(rows, tasks, split, file, progress), tasks)
-    findings = find_problems(splits, summaries, source)
+    findings = find_problems(splits, summaries, source, skip_bad_files)
     kept = dict(splits)
     if skip_bad_files:
-        findings.errors = [error for error in findings.errors if "cannot be read" not in error]
         for split, summary in summaries.items():
             if summary.errors:
                 kept[split] = select_rows(splits[split], [i for i in range(summary.rows) if i not in summary.errors])
-                findings.notes.append(
-                    f"{split}: {len(summary.errors)} of {summary.rows} rows are left out, they cannot be read"
-                )
     return DataReport(tasks, summaries, findings), kept
 
 
-def _source(splits: Any, rows: Any) -> str:
-    """What a data set is, for the name of a file."""
-    description = getattr(splits, "description", None)
-    stored = stored_row(rows, 0) if len(rows) else None
-    return repr(
-        [description, stored and sorted(stored.items()), None if stored else getattr(rows, "_fingerprint", None)]
-    )
+def _source(source: Any, rows: Any) -> str:
+    """What a data set is, for the name of a file: what its rows are made of beside the files that they name."""
+    stored = stored_rows(rows)
+    content = getattr(rows, "_fingerprint", None) if stored is None else [*stored[:1].values()]
+    return repr([getattr(source, "content", None), content])
