@@ -63,3 +63,9 @@ def offline(monkeypatch):
     """No network, whatever the environment says."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def pixels():
+    """Two images for the models of the `sam_path`."""
+    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))

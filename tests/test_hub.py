@@ -8,7 +8,6 @@ from unittest.mock import create_autospec
 
 import huggingface_hub.constants
 import pytest
-import torch
 from peft import (
     PeftModel,
     get_peft_model,
@@ -27,11 +26,6 @@ from peft_talora.saving import directory as files_module
 
 FROM_ADAPTER = MSamForMultiTask.from_adapter
 pytestmark = pytest.mark.usefixtures("offline")
-
-
-@pytest.fixture
-def pixels():
-    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 
 class TestSaveAdapter:

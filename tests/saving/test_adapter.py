@@ -28,11 +28,6 @@ FROM_ADAPTER = MSamForMultiTask.from_adapter
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-@pytest.fixture
-def pixels():
-    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-
-
 class TestReading:
     @pytest.fixture
     def path(self, sam_path, tmp_path):

@@ -26,11 +26,6 @@ FROM_ADAPTER = MSamForMultiTask.from_adapter
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-@pytest.fixture
-def pixels():
-    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-
-
 class TestPeftsOwnSaveIsEnough:
     def test_with_every_kind_of_base(self, sam, sam_path, pixels, tmp_path):
         model = make(sam_path)
