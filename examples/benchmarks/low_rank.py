@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_talora.tuner.low_rank import add_product
+from peft_talora.tuner.low_rank import add_product, project
 
 from .measuring import Row, gradients, measure
 
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """A linear layer with the update that the package's layers add to it."""
-    return add_product(F.linear(x, weight, bias), F.linear(x, A), B)
+    return add_product(F.linear(x, weight, bias), project(x, A), B)
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:

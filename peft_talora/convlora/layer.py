@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..routing.checkpointing import is_replay
 from ..tuner.layer import PluginLayer
-from ..tuner.low_rank import add_product
+from ..tuner.low_rank import add_product, project
 from ..tuner.tensors import zero_of
 from .config import ConvLoraConfig
 from .experts import expert_outputs
@@ -205,7 +205,7 @@ class ConvLoraLinear(nn.Module, ConvLoraLayer):
     def _hidden(self, adapter_name: str, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """(alpha / r) (Z + E(Z)) of shape (..., r), and what is kept of the choice of experts."""
         prefix, height, width = self._grid_of(adapter_name, x)
-        tokens = F.linear(self.convlora_dropout[adapter_name](x), self.convlora_A[adapter_name])
+        tokens = project(self.convlora_dropout[adapter_name](x), self.convlora_A[adapter_name])
         grid = tokens[:, prefix:] if prefix else tokens
         grid = grid.reshape(-1, height, width, tokens.shape[-1])
 
