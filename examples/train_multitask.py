@@ -417,6 +417,8 @@ def main(argv: list[str] | None = None, load: Callable[..., Data] = load_data) -
         checkpoints = args.output_dir / folder.CHECKPOINTS
         run = Run(args, accelerator, data, interruption, args.method, "", checkpoints, model)
         (evaluate_only if args.eval_only else train_all)(run)
+        # gloo's group can hang where it is destroyed while one of its threads still frees a tensor
+        accelerator.wait_for_everyone()
         accelerator.end_training()
 
 

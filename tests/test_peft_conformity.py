@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import (
     PeftModel,
     get_peft_model,
@@ -15,6 +14,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_base_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
+from process_groups import in_a_process_group
 from safetensors.torch import load_file
 from small_models import differ
 from torch import nn
@@ -181,16 +181,13 @@ class TestFiles:
         found = get_base_model_state_dict(tuned(modules_to_save=["lin1"]))
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
+    @in_a_process_group
     def test_names_wrapped_by_fsdp(self, make_config):
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            model = get_peft_model(make_net(), make_config(modules_to_save=["lin1"])).eval()
-            expected = output(model)
-            plain = get_peft_model_state_dict(model)
-            wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-            state = get_peft_model_state_dict(wrapped)
-        finally:
-            dist.destroy_process_group()
+        model = get_peft_model(make_net(), make_config(modules_to_save=["lin1"])).eval()
+        expected = output(model)
+        plain = get_peft_model_state_dict(model)
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        state = get_peft_model_state_dict(wrapped)
         assert state.keys() == plain.keys()
         other = get_peft_model(make_net(), make_config(modules_to_save=["lin1"])).eval()
         set_peft_model_state_dict(other, state)

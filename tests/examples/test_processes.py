@@ -11,6 +11,7 @@ import pytest
 import torch
 import train_multitask as script
 from peft import get_peft_model
+from process_groups import in_a_process_group
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -60,7 +61,7 @@ def in_float64(script):
 def launch(processes, runs):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(script.__file__).parent)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (Path(script.__file__).parent, Path(__file__).parents[1])))
     program = Path(runs[0][runs[0].index("--output-dir") + 1]).parent / "runs.py"
     program.write_text(RUNS)
     done = subprocess.run(
@@ -113,24 +114,21 @@ def assert_close(output, expected):
         )
 
 
+@in_a_process_group
 def test_weights_that_fsdp_split_are_gathered_and_saved(base, tmp_path):
     """accelerate has FSDP on accelerators only; torch's own splits on CPUs, too."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        msam = MSamForMultiTask.from_sam(base, {"depth": {"kind": "depth"}})
-        config = TALoraConfig(r=4, init_weights=False)
-        model = get_peft_model(msam, config)
-        twin = get_peft_model(MSamForMultiTask.from_sam(base, {"depth": {"kind": "depth"}}), config)
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        pixels = torch.randn(2, 3, 32, 32)
-        expected = model(pixels).logits["depth"]
-        expected.mean().backward()
-        gradients = [p.grad for name, p in model.named_parameters() if "talora_U2" in name]
-        assert gradients and all(isinstance(gradient, DTensor) for gradient in gradients)
-        model.reshard()
-        twin.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
-    finally:
-        torch.distributed.destroy_process_group()
+    msam = MSamForMultiTask.from_sam(base, {"depth": {"kind": "depth"}})
+    config = TALoraConfig(r=4, init_weights=False)
+    model = get_peft_model(msam, config)
+    twin = get_peft_model(MSamForMultiTask.from_sam(base, {"depth": {"kind": "depth"}}), config)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = model(pixels).logits["depth"]
+    expected.mean().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "talora_U2" in name]
+    assert gradients and all(isinstance(gradient, DTensor) for gradient in gradients)
+    model.reshard()
+    twin.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
     save_adapter(twin, tmp_path / "adapter")
     loaded = MSamForMultiTask.from_adapter(tmp_path / "adapter", base_model=base)
     torch.testing.assert_close(loaded(pixels).logits["depth"], expected.detach())

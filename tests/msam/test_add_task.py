@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model
+from process_groups import in_a_process_group
 from small_growth import (
     EDGES,
     TASKS,
@@ -155,23 +156,20 @@ class TestTheNewTask:
         (wanted,) = torch.autograd.grad((expected * cotangent).sum(), rows)
         torch.testing.assert_close(gradient, wanted[2:])
 
-    def test_no_parameter_waits_for_a_gradient(self, tmp_path):
+    @in_a_process_group
+    def test_no_parameter_waits_for_a_gradient(self):
         """DDP complains in the second step of one that the first step left without."""
         model = in_use()
         add_task(model, "edges", EDGES)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
-            parallel = nn.parallel.DistributedDataParallel(model.train())
-            batches = [
-                {"labels": edge_labels()},
-                {"labels": {}},
-                {"labels": edge_labels(), "task_ids": ["depth", "depth", "semantic"]},
-                {"labels": edge_labels(), "tasks": ["edges"]},
-            ]
-            for batch in batches:
-                parallel(images(3), **batch).loss.backward()
-        finally:
-            torch.distributed.destroy_process_group()
+        parallel = nn.parallel.DistributedDataParallel(model.train())
+        batches = [
+            {"labels": edge_labels()},
+            {"labels": {}},
+            {"labels": edge_labels(), "task_ids": ["depth", "depth", "semantic"]},
+            {"labels": edge_labels(), "tasks": ["edges"]},
+        ]
+        for batch in batches:
+            parallel(images(3), **batch).loss.backward()
 
     @pytest.mark.slow
     def test_it_compiles(self):

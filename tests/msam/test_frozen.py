@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from process_groups import in_a_process_group
 from safetensors.torch import load_file, save_file
 from small_models import label_maps, make_sam, move_saved_modules
 from torch import nn
@@ -71,15 +72,12 @@ def assert_same(got, expected):
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-4)
 
 
-def train_in_parallel(model, folder):
+@in_a_process_group
+def train_in_parallel(model):
     """Two steps under DDP, which complains in the second of a parameter that the first one left without a gradient."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(model.train())
-        for _ in range(2):
-            parallel(pixels(), labels=label_maps()).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = nn.parallel.DistributedDataParallel(model.train())
+    for _ in range(2):
+        parallel(pixels(), labels=label_maps()).loss.backward()
 
 
 @pytest.mark.parametrize("mode", ["prompt", "token"])
@@ -141,7 +139,7 @@ class TestFrozen:
             model = PeftModel.from_pretrained(make(), tmp_path / "adapter", is_trainable=True, low_cpu_mem_usage=low)
             model.set_adapter("default")
             check_frozen(model, copies=2)
-        train_in_parallel(model, tmp_path)
+        train_in_parallel(model)
 
 
 class TestSaved:

@@ -1,11 +1,10 @@
 """The gradient of an optimiser step that several forwards share, against that of all its images in one forward."""
 
-import multiprocessing
-
 import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from process_groups import run_in_processes
 from small_models import label_maps, make_sam
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,9 +102,8 @@ def test_nothing_labelled_anywhere():
     )
 
 
-def step_of_a_process(rank, folder, parts):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model, batch = tuned(), partly_labelled()
+def step_of_a_process(folder, parts):
+    rank, model, batch = dist.get_rank(), tuned(), partly_labelled()
     parallel = DistributedDataParallel(model)
     batches = [rows_of(batch, rows) for rows in parts[rank]]
     loss_divisors = labelled_per_forward(TASKS, batches)
@@ -114,19 +112,13 @@ def step_of_a_process(rank, folder, parts):
             (parallel(**part, loss_divisors=loss_divisors).loss / len(batches)).backward()
     (parallel(**batches[-1], loss_divisors=loss_divisors).loss / len(batches)).backward()
     torch.save(gradients(model), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("parts", [[[[0, 1, 2]], [[3, 4, 5]]], [[[0], [1, 5]], [[2, 3], [4]]]])
 def test_two_processes(parts, tmp_path):
     model, batch = tuned(), partly_labelled()
     model(**batch).loss.backward()
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=step_of_a_process, args=(rank, tmp_path, parts)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+    run_in_processes(step_of_a_process, tmp_path, parts, number=2)
     expected = gradients(model)
     for rank in range(2):
         assert_same(torch.load(tmp_path / f"{rank}.pt"), expected)

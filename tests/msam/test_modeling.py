@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from process_groups import in_a_process_group
 from small_models import assert_same, differ, images, label_maps
 from small_msams import CHANNELS, NAMES, Reference, make, predict, specs, task_parameters, tuned
 from torch import nn
@@ -225,24 +226,21 @@ class TestLosses:
         parts = [model(pixels[i : i + 2], labels={n: v[i : i + 2] for n, v in labels.items()}).loss for i in (0, 2)]
         torch.testing.assert_close(whole, sum(parts) / 2, rtol=0, atol=1e-10)
 
-    def test_distributed_training_finds_no_unused_parameters(self, sam, tmp_path):
+    @in_a_process_group
+    def test_distributed_training_finds_no_unused_parameters(self, sam):
         # DDP complains in the step after one that left a parameter without a gradient
         model, pixels, labels = tuned(sam), images(), label_maps()
         model.train()
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
-            parallel = nn.parallel.DistributedDataParallel(model)
-            for arguments in (
-                {"labels": labels},
-                {"labels": {"depth": labels["depth"]}},
-                {"labels": labels, "task_ids": ["depth", "depth"]},
-                {"labels": labels, "task_ids": [0, 2]},
-                {"labels": {}},
-                {"labels": labels},
-            ):
-                parallel(pixels, **arguments).loss.backward()
-        finally:
-            torch.distributed.destroy_process_group()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for arguments in (
+            {"labels": labels},
+            {"labels": {"depth": labels["depth"]}},
+            {"labels": labels, "task_ids": ["depth", "depth"]},
+            {"labels": labels, "task_ids": [0, 2]},
+            {"labels": {}},
+            {"labels": labels},
+        ):
+            parallel(pixels, **arguments).loss.backward()
 
 
 class TestImageEmbeddings:

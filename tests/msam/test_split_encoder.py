@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
 from peft import LoraConfig, get_peft_model
+from process_groups import in_a_process_group
 from small_models import assert_same, images, label_maps, make_sam, move_saved_modules
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -129,20 +130,13 @@ class TestOffloaded:
             assert_same(msam(pixels, **arguments).logits, make(torch.float32)(pixels, **arguments).logits, atol=1e-5)
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def shard(msam):
     fully_shard(msam.vision_encoder, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
     assert any(isinstance(parameter, DTensor) for parameter in msam.vision_encoder.parameters())
 
 
-@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("first", ["shard", "tune"])
+@in_a_process_group
 def test_fully_sharded(first):
     pixels, labels, found = images(), label_maps(), []
     for sharded in (False, True):
@@ -163,7 +157,7 @@ def test_fully_sharded(first):
     assert_same(found[1], found[0])
 
 
-@pytest.mark.usefixtures("one_process")
+@in_a_process_group
 def test_norms_of_a_sharded_encoder_are_not_copied():
     msam = make()
     shard(msam)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from process_groups import in_a_process_group
 from small_models import assert_same, images, label_maps, make_sam, move_saved_modules
 from torch import nn
 from torch.func import functional_call
@@ -134,12 +135,9 @@ def test_merged_and_exported(targets):
     assert not [module for module in merged.modules() if isinstance(module, TALoraLayer)]
 
 
-def test_distributed_training_finds_no_unused_parameters(tmp_path):
+@in_a_process_group
+def test_distributed_training_finds_no_unused_parameters():
     model, labels = tuned().train(), label_maps()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for ids in (["depth", "depth"], ["semantic", "normals"], None):
-            parallel(images(), labels=labels, task_ids=ids).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for ids in (["depth", "depth"], ["semantic", "normals"], None):
+        parallel(images(), labels=labels, task_ids=ids).loss.backward()
