@@ -8,6 +8,7 @@ from typing import Any
 from peft.config import PeftConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 
 MSAM_MODEL_TYPE = "msam"
 
@@ -46,7 +47,7 @@ def task_of_module(model: nn.Module, name: str) -> str | None:
     return rest.partition(".")[0] if is_msam(model) and part == "mask_decoders" else None
 
 
-def msam_fields(config: Any) -> dict[str, Any]:
+def msam_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """What a saved adapter has to know to build the mSAM again from its SAM, and to know that SAM again."""
     backbone = config.family.backbone(config.vision_config)
     return {
@@ -58,7 +59,7 @@ def msam_fields(config: Any) -> dict[str, Any]:
     }
 
 
-def check_same_msam(fields: Mapping[str, Any], config: Any, base_name: str | None = None) -> None:
+def check_same_msam(fields: Mapping[str, Any], config: PreTrainedConfig, base_name: str | None = None) -> None:
     """Raise ValueError unless an adapter with these [`msam_fields`] is one of an mSAM with this configuration.
 
     Args:

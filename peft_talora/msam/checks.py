@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..losses import check_labels
 from ..routing.requests import TaskRequest, resolve_task
 from ..tuner.checks import is_int
 from .configuration import MSamConfig
 from .families import Family
+from .split import Features
 from .tasks import TaskSpec
 
 
@@ -44,7 +46,7 @@ def checked_task_ids(
     return ids
 
 
-def check_inputs(config: MSamConfig, pixel_values: Any, image_embeddings: Any, trunk_states: Any) -> int:
+def check_inputs(config: MSamConfig, pixel_values: Any, image_embeddings: Any, trunk_states: Features | None) -> int:
     """The batch size of the one input that is given."""
     if sum(given is not None for given in (pixel_values, image_embeddings, trunk_states)) != 1:
         raise ValueError("Give exactly one of pixel_values, image_embeddings and trunk_states.")
@@ -74,7 +76,7 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple | list) else "")
 
 
-def _checked_states(states: Any) -> int:
+def _checked_states(states: Features) -> int:
     """The batch size of hidden states that are a tuple: how many depends on where the tasks part."""
     is_tuple = isinstance(states, tuple) and all(isinstance(part, torch.Tensor) and part.ndim == 4 for part in states)
     if not is_tuple or len({part.shape[0] for part in states}) != 1:
@@ -116,7 +118,7 @@ def check_all_labels(
             check_labels(name, specs[name], label, batch_size, wanted[name])
 
 
-def checked_image_size(image_size: int | None, family: Family, vision_config: Any) -> int:
+def checked_image_size(image_size: int | None, family: Family, vision_config: PreTrainedConfig) -> int:
     """`image_size`, or that of the configuration when None."""
     if image_size is None:
         return family.image_size(vision_config)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamMaskDecoder
+
+from .split import Features
 
 # heads of a decoder that say how good a mask is, and whether there is anything
 SCORE_HEADS = ("iou_prediction_head", "pred_obj_score_head")
@@ -61,7 +63,7 @@ class MSamTokenDecoder(SamMaskDecoder):
         return self.activation(self.upscale_conv2(image))
 
 
-def decode(model: Any, name: str, features: Any) -> torch.Tensor:
+def decode(model: nn.Module, name: str, features: Features) -> torch.Tensor:
     """The logits (B, N, 4h, 4w) of a task, from the features of B images.
 
     Args:
@@ -111,7 +113,7 @@ def token_decoder_state(sam_state: Mapping[str, torch.Tensor], num_channels: int
     return state
 
 
-def token_config(config: Any, num_channels: int) -> Any:
+def token_config(config: PreTrainedConfig, num_channels: int) -> PreTrainedConfig:
     """The configuration of a plain decoder that has as many mask tokens as a token decoder has channels."""
     own_config = copy.deepcopy(config)
     own_config._attn_implementation = config._attn_implementation

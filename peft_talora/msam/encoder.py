@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+from torch import nn
 
 from ..routing.router import number_added
 from .checks import checked_chunk
@@ -19,9 +19,9 @@ from .split import Features, is_task_aware, map_tensors
 
 
 def encode_tasks(
-    model: Any,
+    model: nn.Module,
     pixel_values: torch.Tensor | None,
-    trunk_states: Any,
+    trunk_states: Features | None,
     names: list[str],
     task_chunk: int | None = None,
 ) -> dict[str, Features]:
@@ -70,7 +70,9 @@ def _of_each_task(features: Features, number: int) -> list[Features]:
     return list(zip(*(_of_each_task(level, number) for level in features), strict=True))
 
 
-def encode_mixed(model: Any, pixel_values: torch.Tensor | None, trunk_states: Any, ids: torch.Tensor) -> Features:
+def encode_mixed(
+    model: nn.Module, pixel_values: torch.Tensor | None, trunk_states: Features | None, ids: torch.Tensor
+) -> Features:
     """The features of B images, each for the task of its image.
 
     Args:
@@ -82,7 +84,9 @@ def encode_mixed(model: Any, pixel_values: torch.Tensor | None, trunk_states: An
     return model.family.features(model, model.vision_encoder(pixel_values, trunk_states=trunk_states, branches=ids))
 
 
-def embeddings_by_task(embeddings: Any, image_index: Mapping[str, torch.Tensor]) -> dict[str, Features]:
+def embeddings_by_task(
+    embeddings: Features | Mapping[str, Features], image_index: Mapping[str, torch.Tensor]
+) -> dict[str, Features]:
     """The features of each task's images, of those of all images and the rows of each task."""
     if isinstance(embeddings, Mapping):
         raise ValueError("With task_ids, image_embeddings must be one tensor (B, C, h, w), got a dict.")

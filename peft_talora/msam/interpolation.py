@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 
 def resize_absolute(pos_embed: torch.Tensor, grid: int) -> torch.Tensor:
@@ -30,7 +29,7 @@ def _at_least_float32(embedding: torch.Tensor) -> torch.Tensor:
     return embedding.to(torch.promote_types(embedding.dtype, torch.float32))
 
 
-def encoder_state_for(vision_config: Any, encoder: nn.Module) -> dict[str, torch.Tensor]:
+def encoder_state_for(vision_config: PreTrainedConfig, encoder: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of a SAM vision encoder, its position embeddings resized to `vision_config`.
 
     The absolute embedding and the relative ones of the global layers depend on the image size; those of windowed

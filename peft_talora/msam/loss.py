@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..losses import task_loss
 from ..tuner.checks import is_number
@@ -13,7 +14,7 @@ from ..tuner.tensors import zero_of
 
 
 def task_losses(
-    model: Any,
+    model: nn.Module,
     logits: Mapping[str, torch.Tensor],
     labels: Mapping[str, torch.Tensor],
     image_index: Mapping[str, torch.Tensor] | None,
@@ -63,7 +64,7 @@ def _check_loss_divisors(loss_divisors: Any, names: list[str]) -> None:
             raise ValueError(f"loss_divisors['{name}'] must be a number >= 0 of images per forward, got {value!r}.")
 
 
-def _zero_loss(model: Any, name: str, logits: torch.Tensor) -> torch.Tensor:
+def _zero_loss(model: nn.Module, name: str, logits: torch.Tensor) -> torch.Tensor:
     """0 with zero gradients for the task's own parameters: every process of DDP must see them in every step."""
     total = logits.float().sum()
     for module in (model.no_mask_embeds[name], model.mask_decoders[name]):

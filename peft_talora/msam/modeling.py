@@ -209,7 +209,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         task_ids: TaskRequest | None = None,
         labels: Mapping[str, torch.Tensor] | None = None,
         return_dict: bool | None = None,
-        trunk_states: Any = None,
+        trunk_states: Features | None = None,
         task_chunk: int | None = None,
         loss_divisors: Mapping[str, float | torch.Tensor] | None = None,
         original_sizes: Any = None,
@@ -287,7 +287,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         check_inputs(self.config, pixel_values, None, None)
         return encode_tasks(self, pixel_values, None, wanted_tasks(self.task_specs, tasks), task_chunk)
 
-    def encode_trunk(self, pixel_values: torch.Tensor) -> Any:
+    def encode_trunk(self, pixel_values: torch.Tensor) -> Features:
         """The hidden states (B, h, w, D) before the first task-aware layer, to be passed to `forward` as `trunk_states`.
 
         They are those of the adapters that are active now. Where later parts take more (SAM 2's feature pyramid, SAM-HQ's

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..routing.router import using_ids
 
 # what the encoder gives of images: (B, C, h, w), or a tuple of tensors of which that is the last
-Features = torch.Tensor | tuple[torch.Tensor, ...]
+Features: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], states: Any) -> Any:
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], states: Features) -> Features:
     """`function` of a tensor, or of each tensor in a tuple."""
     if isinstance(states, torch.Tensor):
         return function(states)
     return tuple(function(tensor) for tensor in states)
 
 
-def first_tensor(states: Any) -> torch.Tensor:
+def first_tensor(states: Features) -> torch.Tensor:
     """A tensor itself, or the first one of a tuple."""
     return states if isinstance(states, torch.Tensor) else states[0]
 
@@ -41,26 +42,26 @@ class SplitEncoder(nn.Module):
 
     blocks: nn.ModuleList
 
-    def stem(self, pixel_values: torch.Tensor) -> Any:
+    def stem(self, pixel_values: torch.Tensor) -> Features:
         """What comes before the blocks: images (B, 3, S, S) -> hidden states."""
         raise NotImplementedError
 
-    def step(self, index: int, states: Any) -> Any:
+    def step(self, index: int, states: Features) -> Features:
         """The block of this index: hidden states -> hidden states."""
         return self.blocks[index](states)
 
-    def head(self, states: Any) -> Any:
+    def head(self, states: Features) -> ModelOutput:
         """What comes after the blocks: hidden states -> the encoder's output, with `last_hidden_state` (B, C, h, w)."""
         raise NotImplementedError
 
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        trunk_states: Any = None,
+        trunk_states: Features | None = None,
         trunk_only: bool = False,
         branches: list[int] | torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> ModelOutput | Features:
         """Encode images, as the encoder's own class does, or a part of the way.
 
         Args:
@@ -98,10 +99,10 @@ class SplitEncoder(nn.Module):
                 return index
         return len(self.blocks)
 
-    def _run_blocks(self, states: Any, start: int, stop: int) -> Any:
+    def _run_blocks(self, states: Features, start: int, stop: int) -> Features:
         for index in range(start, stop):
             states = self.step(index, states)
         return states
 
-    def _branch(self, states: Any) -> Any:
+    def _branch(self, states: Features) -> ModelOutput:
         return self.head(self._run_blocks(states, self._parting(), len(self.blocks)))

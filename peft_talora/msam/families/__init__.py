@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
+
+from torch import nn
 
 from .family import Family, side
 
@@ -22,7 +23,7 @@ for _module in pkgutil.iter_modules(__path__):
         FAMILIES[_family.model_type] = _family
 
 
-def family_of_model(sam: Any) -> Family | None:
+def family_of_model(sam: nn.Module) -> Family | None:
     """The family of a plain model; None where it is of none."""
     return next((family for family in FAMILIES.values() if isinstance(sam, family.model_class)), None)
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..split import Features
 
@@ -112,7 +113,7 @@ class Family:
 
     # What travels
 
-    def features(self, model: nn.Module, output: Any) -> Features:
+    def features(self, model: nn.Module, output: ModelOutput) -> Features:
         """The features of images, of the encoder's output."""
         return output.last_hidden_state
 

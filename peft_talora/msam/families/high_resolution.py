@@ -5,10 +5,9 @@ Each class comes before the family's own decoder among the bases.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..decoder import token_config
 
@@ -56,7 +55,7 @@ class ChannelTokens(nn.Module):
 
     decodes_tokens = True
 
-    def __init__(self, config: Any, num_channels: int) -> None:
+    def __init__(self, config: PreTrainedConfig, num_channels: int) -> None:
         super().__init__(token_config(config, num_channels))
 
     def forward(

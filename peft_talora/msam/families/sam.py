@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from transformers import SamModel
+from transformers import PreTrainedConfig, SamModel
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamPositionalEmbedding,
@@ -46,32 +44,32 @@ class SamFamily(Family):
     model_class = SamModel
     base_fields = (*VIT_FIELDS, "output_channels")
 
-    def feature_shapes(self, vision_config: Any) -> tuple[tuple[int, int, int], ...]:
+    def feature_shapes(self, vision_config: PreTrainedConfig) -> tuple[tuple[int, int, int], ...]:
         """The image embedding."""
         grid = self.grid_size(vision_config)
         return ((vision_config.output_channels, grid, grid),)
 
-    def trunk_shape(self, vision_config: Any) -> tuple[int, int, int] | None:
+    def trunk_shape(self, vision_config: PreTrainedConfig) -> tuple[int, int, int] | None:
         """Tokens on their grid."""
         grid = self.grid_size(vision_config)
         return (grid, grid, vision_config.hidden_size)
 
-    def encoder(self, vision_config: Any) -> nn.Module:
+    def encoder(self, vision_config: PreTrainedConfig) -> nn.Module:
         """SAM's encoder."""
         return MSamVisionEncoder(vision_config)
 
-    def position_embedding(self, config: Any) -> nn.Module:
+    def position_embedding(self, config: PreTrainedConfig) -> nn.Module:
         """Random Fourier features."""
         return SamPositionalEmbedding(config.vision_config)
 
-    def decoder(self, config: Any, num_channels: int) -> nn.Module:
+    def decoder(self, config: PreTrainedConfig, num_channels: int) -> nn.Module:
         """SAM's own decoder; with a token per channel in token mode."""
         if config.decodes_tokens:
             return MSamTokenDecoder(config.mask_decoder_config, num_channels)
         return SamMaskDecoder(config.mask_decoder_config)
 
     def decode(
-        self, model: Any, name: str, features: torch.Tensor, no_mask: torch.Tensor, position: torch.Tensor
+        self, model: nn.Module, name: str, features: torch.Tensor, no_mask: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
         """One decoder pass per channel; one for all of them in token mode."""
         if model.config.decodes_tokens:
@@ -91,7 +89,7 @@ class SamFamily(Family):
         )
         return masks.reshape(batch_size, num_channels, *masks.shape[-2:])
 
-    def encoder_state(self, vision_config: Any, encoder: nn.Module) -> dict[str, torch.Tensor]:
+    def encoder_state(self, vision_config: PreTrainedConfig, encoder: nn.Module) -> dict[str, torch.Tensor]:
         """Position embeddings depend on the image size."""
         return encoder_state_for(vision_config, encoder)
 

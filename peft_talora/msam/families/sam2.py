@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import Sam2Model
+from transformers import PreTrainedConfig, Sam2Model
 from transformers.models.sam2.modeling_sam2 import (
     Sam2MaskDecoder,
     Sam2PositionalEmbedding,
     Sam2VisionEncoderOutput,
     Sam2VisionModel,
 )
+from transformers.utils import ModelOutput
 
 from ..split import Features, SplitEncoder
 from .family import Family, side
@@ -89,77 +89,77 @@ class Sam2Family(Family):
     decoder_class: type[nn.Module] = MSamSam2MaskDecoder
     token_decoder_class: type[nn.Module] = MSamSam2TokenDecoder
 
-    def backbone(self, vision_config: Any) -> Any:
+    def backbone(self, vision_config: PreTrainedConfig) -> PreTrainedConfig:
         """Hiera's."""
         return vision_config.backbone_config
 
-    def image_size_step(self, vision_config: Any) -> int:
+    def image_size_step(self, vision_config: PreTrainedConfig) -> int:
         """The last stage's tokens, and the windows of the first, whose positions are tiled."""
         backbone = vision_config.backbone_config
         patch, pooling = side(backbone.patch_stride), side(backbone.query_stride)
         coarsest = patch * pooling**backbone.num_query_pool_stages
         return math.lcm(coarsest, patch * backbone.window_size_per_stage[0])
 
-    def set_image_size(self, vision_config: Any, image_size: int) -> None:
+    def set_image_size(self, vision_config: PreTrainedConfig, image_size: int) -> None:
         """The encoder itself takes any; what is written down are the sizes of what it gives."""
         before = self.image_size(vision_config)
         sizes = [[side(size) * image_size // before] * 2 for size in vision_config.backbone_feature_sizes]
         vision_config.backbone_feature_sizes = sizes
         self._set_backbone_size(vision_config, image_size)
 
-    def _set_backbone_size(self, vision_config: Any, image_size: int) -> None:
+    def _set_backbone_size(self, vision_config: PreTrainedConfig, image_size: int) -> None:
         vision_config.backbone_config.image_size = [image_size, image_size]
 
-    def grid_size(self, vision_config: Any) -> int:
+    def grid_size(self, vision_config: PreTrainedConfig) -> int:
         """That of the coarsest level."""
         return side(vision_config.backbone_feature_sizes[-1])
 
-    def feature_shapes(self, vision_config: Any) -> tuple[tuple[int, int, int], ...]:
+    def feature_shapes(self, vision_config: PreTrainedConfig) -> tuple[tuple[int, int, int], ...]:
         """The levels of the pyramid, from high to low resolution."""
         sizes = map(side, vision_config.backbone_feature_sizes)
         return tuple((vision_config.fpn_hidden_size, size, size) for size in sizes)
 
-    def trunk_shape(self, vision_config: Any) -> tuple[int, int, int] | None:
+    def trunk_shape(self, vision_config: PreTrainedConfig) -> tuple[int, int, int] | None:
         """A tuple."""
         return None
 
-    def check(self, config: Any) -> None:
+    def check(self, config: PreTrainedConfig) -> None:
         """The decoder takes three levels."""
         levels = config.vision_config.backbone_feature_sizes
         if len(levels) != 3:
             raise ValueError(f"The decoder takes features of three resolutions, backbone_feature_sizes are {levels}.")
 
-    def encoder(self, vision_config: Any) -> nn.Module:
+    def encoder(self, vision_config: PreTrainedConfig) -> nn.Module:
         """Backbone and feature pyramid."""
         return self.encoder_class(vision_config)
 
-    def position_embedding(self, config: Any) -> nn.Module:
+    def position_embedding(self, config: PreTrainedConfig) -> nn.Module:
         """Random Fourier features."""
         return self.position_class(config.prompt_encoder_config)
 
-    def decoder(self, config: Any, num_channels: int) -> nn.Module:
+    def decoder(self, config: PreTrainedConfig, num_channels: int) -> nn.Module:
         """The family's decoder, called with features."""
         if config.decodes_tokens:
             return self.token_decoder_class(config.mask_decoder_config, num_channels)
         return self.decoder_class(config.mask_decoder_config)
 
-    def decoder_config(self, config: Any) -> Any:
+    def decoder_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """A channel is mask token 0; no other mask ever takes its place."""
         config.dynamic_multimask_via_stability = False
         return config
 
-    def add_parts(self, model: Any) -> None:
+    def add_parts(self, model: nn.Module) -> None:
         """The embeddings for no memory and for no point; called like a task's, so that offloading sees them."""
         hidden_size = model.config.mask_decoder_config.hidden_size
         model.no_memory_embed = nn.Embedding(1, hidden_size)
         model.not_a_point_embed = nn.Embedding(1, hidden_size)
 
-    def copy_parts(self, model: Any, sam: Any) -> None:
+    def copy_parts(self, model: nn.Module, sam: nn.Module) -> None:
         """From the plain model and its prompt encoder."""
         model.no_memory_embed.weight.copy_(sam.no_memory_embedding[0])
         model.not_a_point_embed.weight.copy_(sam.prompt_encoder.not_a_point_embed.weight)
 
-    def features(self, model: Any, output: Any) -> Features:
+    def features(self, model: nn.Module, output: ModelOutput) -> Features:
         """The levels that the decoder takes; the last one has the embedding for no memory added."""
         *levels, last = output.fpn_hidden_states
         no_memory = model.no_memory_embed(torch.zeros(1, dtype=torch.long, device=last.device))
@@ -167,16 +167,16 @@ class Sam2Family(Family):
         return levels[: len(model.config.vision_config.backbone_feature_sizes)]
 
     def decode(
-        self, model: Any, name: str, features: Features, no_mask: torch.Tensor, position: torch.Tensor
+        self, model: nn.Module, name: str, features: Features, no_mask: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
         """The plain model pads its missing prompt with two points that are none."""
         prompt_tokens = model.not_a_point_embed(torch.zeros(2, dtype=torch.long, device=no_mask.device))
         return model.mask_decoders[name](features, position, no_mask, prompt_tokens)
 
-    def set_prompt_grid(self, prompt_config: Any, grid_size: int) -> None:
+    def set_prompt_grid(self, prompt_config: PreTrainedConfig, grid_size: int) -> None:
         """It follows from the image size."""
 
-    def export_parts(self, model: Any, sam: Any) -> None:
+    def export_parts(self, model: nn.Module, sam: nn.Module) -> None:
         """The other way round than `copy_parts`."""
         sam.no_memory_embedding.copy_(model.no_memory_embed.weight[None])
         sam.prompt_encoder.not_a_point_embed.weight.copy_(model.not_a_point_embed.weight)

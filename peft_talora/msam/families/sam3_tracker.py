@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from transformers import Sam3TrackerModel
+from transformers import PreTrainedConfig, Sam3TrackerModel
 from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput, Sam3VisionModel
 from transformers.models.sam3_tracker.modeling_sam3_tracker import (
     Sam3TrackerMaskDecoder,
@@ -62,14 +60,14 @@ class Sam3TrackerFamily(Sam2Family):
     decoder_class = MSamSam3MaskDecoder
     token_decoder_class = MSamSam3TokenDecoder
 
-    def image_size_step(self, vision_config: Any) -> int:
+    def image_size_step(self, vision_config: PreTrainedConfig) -> int:
         """A patch: positions are tiled, and turned by the layers."""
         return Family.image_size_step(self, vision_config)
 
-    def _set_backbone_size(self, vision_config: Any, image_size: int) -> None:
+    def _set_backbone_size(self, vision_config: PreTrainedConfig, image_size: int) -> None:
         vision_config.backbone_config.image_size = image_size
 
-    def trunk_shape(self, vision_config: Any) -> tuple[int, int, int] | None:
+    def trunk_shape(self, vision_config: PreTrainedConfig) -> tuple[int, int, int] | None:
         """Tokens on their grid."""
         grid = self.grid_size(vision_config)
         return (grid, grid, vision_config.backbone_config.hidden_size)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from transformers import SamHQModel
+from transformers import PreTrainedConfig, SamHQModel
 from transformers.models.sam_hq.modeling_sam_hq import (
     SamHQMaskDecoder,
     SamHQPositionalEmbedding,
     SamHQVisionEncoder,
     SamHQVisionEncoderOutput,
 )
+from transformers.utils import ModelOutput
 
 from ..split import Features, SplitEncoder
 from .sam import SamFamily
@@ -61,17 +60,17 @@ class SamHQFamily(SamFamily):
     checkpoint_types = ("sam_hq",)
     model_class = SamHQModel
 
-    def feature_shapes(self, vision_config: Any) -> tuple[tuple[int, int, int], ...]:
+    def feature_shapes(self, vision_config: PreTrainedConfig) -> tuple[tuple[int, int, int], ...]:
         """The first global block's output, and the image embedding."""
         own = super().feature_shapes(vision_config)
         first_global = super().trunk_shape(vision_config)
         return (first_global, *own) if first_global and vision_config.global_attn_indexes else own
 
-    def trunk_shape(self, vision_config: Any) -> None:
+    def trunk_shape(self, vision_config: PreTrainedConfig) -> None:
         """A tuple."""
         return None
 
-    def check(self, config: Any) -> None:
+    def check(self, config: PreTrainedConfig) -> None:
         """Token mode would add the one mask of the further token to all channels."""
         if config.decodes_tokens:
             raise ValueError(
@@ -79,24 +78,24 @@ class SamHQFamily(SamFamily):
                 "channels would share. Use channel_mode='prompt'."
             )
 
-    def encoder(self, vision_config: Any) -> nn.Module:
+    def encoder(self, vision_config: PreTrainedConfig) -> nn.Module:
         """SAM-HQ's encoder."""
         return MSamHQVisionEncoder(vision_config)
 
-    def position_embedding(self, config: Any) -> nn.Module:
+    def position_embedding(self, config: PreTrainedConfig) -> nn.Module:
         """Random Fourier features."""
         return SamHQPositionalEmbedding(config.vision_config)
 
-    def decoder(self, config: Any, num_channels: int) -> nn.Module:
+    def decoder(self, config: PreTrainedConfig, num_channels: int) -> nn.Module:
         """SAM-HQ's own decoder."""
         return SamHQMaskDecoder(config.mask_decoder_config)
 
-    def features(self, model: Any, output: Any) -> Features:
+    def features(self, model: nn.Module, output: ModelOutput) -> Features:
         """What `feature_shapes` says."""
         return (*output.intermediate_embeddings[:1], output.last_hidden_state)
 
     def decode(
-        self, model: Any, name: str, features: Features, no_mask: torch.Tensor, position: torch.Tensor
+        self, model: nn.Module, name: str, features: Features, no_mask: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
         """One decoder pass per channel."""
         batch_size, num_channels = features[-1].shape[0], no_mask.shape[0]
