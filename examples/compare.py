@@ -20,6 +20,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import extras  # noqa: F401
+
+# isort: split
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import extras  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 

@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import extras  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
@@ -334,11 +337,10 @@ def main(argv: list[str] | None = None) -> int:
                 done += run_adapter(args, folder, tasks[name], args.output_dir / name, pictures, skip)
             else:
                 print(f"{folder} has none of the tasks {args.tasks}")
+        if not done:
+            raise Unusable("no picture could be read, so that nothing was written")
     except (Unusable, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not done:
-        print("error: no picture could be read, so that nothing was written", file=sys.stderr)
         return 2
     print(f"{len(pictures) - len(skipped)} of {len(pictures)} pictures are in {args.output_dir}, see {SHEET}")
     return 1 if skipped else 0

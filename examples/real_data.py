@@ -14,6 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import extras  # noqa: F401
+
+# isort: split
 from tqdm.auto import tqdm
 
 from peft_talora.saving.directory import written_aside

@@ -23,6 +23,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import extras  # noqa: F401
+
+# isort: split
 import numpy as np
 from datasets import Array2D, Array3D, Dataset, Features, Image
 

@@ -20,6 +20,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import extras  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -380,7 +383,7 @@ def evaluate_only(run: Run) -> None:
     model = accelerator.prepare_model(run.model, evaluation_mode=True)
     found, classes = measure(run, Trained(model, processor, 0, 0.0))
     if accelerator.is_main_process:
-        folder.write_marker(args.output_dir, folder.new_run_id(), {"--eval-only": True})
+        folder.mark(args.output_dir, {"--eval-only": True})
         summary = results.summary(args, run.data, run.model, found, classes, baseline)
         finish(run, run.model, processor, summary)
 

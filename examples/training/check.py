@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from peft_talora.data import DataReport, check_dataset, save_check_sheet
 
+from . import folder
 from .data import Data
 
 
@@ -38,6 +39,7 @@ def check_data(args: argparse.Namespace, data: Data) -> Data:
 def stop(args: argparse.Namespace, splits: dict[str, Any], report: DataReport) -> None:
     """Draw some rows and end the program, with code 1 where the data cannot be used."""
     if PartialState().is_main_process:
+        folder.mark(args.output_dir, {"--check": True})
         sheet = save_check_sheet(splits, report, args.output_dir / "check.png")
         print(f"some rows, labels drawn over them: {sheet}; nothing was trained")
     raise SystemExit(1 if report.findings.errors else 0)

@@ -50,6 +50,12 @@ def write_marker(directory: Path, run: str, arguments: dict[str, Any]) -> None:
     write_json(directory / MARKER, marker)
 
 
+def mark(directory: Path, arguments: dict[str, Any]) -> None:
+    """Make a folder this script's own before a run's files are in it; one that is a run's stays that run's."""
+    if read_marker(directory) is None:
+        write_marker(directory, new_run_id(), arguments)
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a file as a whole or not at all; numbers that are not finite become null."""
     with written_aside(path.parent) as aside:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
 
 from .folder import NotWritten
 
@@ -119,5 +120,6 @@ def run_script(main: Callable[[], int | None]) -> int:
 
 def _end(message: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
-        print(" ".join(message.split()), file=sys.stderr)
+        # below a progress bar, not behind it
+        tqdm.write(" ".join(message.split()), file=sys.stderr)
     return code

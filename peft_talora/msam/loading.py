@@ -25,8 +25,9 @@ def load_sam(name_or_path: str | Path) -> PreTrainedModel:
         raise ValueError(
             f"'{name_or_path}' is a checkpoint of a '{model_type}' model, not of a 'sam' model or one of {others}."
         )
+    source = _source(name_or_path)
     try:
-        return family.model_class.from_pretrained(_source(name_or_path))
+        return family.model_class.from_pretrained(source)
     except OSError as error:
         raise _not_found(name_or_path, error) from error
 
@@ -49,8 +50,9 @@ def checkpoint_type(name_or_path: str | Path) -> str:
     Raises:
         FileNotFoundError: There is no such checkpoint.
     """
+    source = _source(name_or_path)
     try:
-        return AutoConfig.from_pretrained(_source(name_or_path), trust_remote_code=False).model_type
+        return AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
     except OSError as error:
         raise _not_found(name_or_path, error) from error
 

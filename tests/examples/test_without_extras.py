@@ -24,3 +24,16 @@ def test_the_demo_without_gradio(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "error: the page is made with Gradio, which is not installed: pip install -e '.[demo]'"
     ]
+
+
+@pytest.mark.parametrize(
+    "script", ["compare.py", "demo.py", "predict.py", "real_data.py", "scenes.py", "train_multitask.py"]
+)
+@pytest.mark.parametrize("package", ["datasets", "matplotlib"])
+def test_without_what_all_scripts_need(script, package, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "extras", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert end(monkeypatch, script) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: not installed: {package}; the scripts need pip install -e '.[examples]'"
+    ]

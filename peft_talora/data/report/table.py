@@ -16,7 +16,7 @@ def in_words(summaries: Mapping[str, SplitSummary], findings: Findings) -> str:
     for split, summary in summaries.items():
         lines.append(f"{split}: {summary.rows} images{_sizes(summary)}")
         rows = [["task", "labelled images", "labelled pixels", "what is in it"]]
-        rows += [[name, *_cells(task)] for name, task in summary.tasks.items()]
+        rows += [[name, *_cells(task, summary.rows)] for name, task in summary.tasks.items()]
         lines += [f"  {line}" for line in _aligned(rows)]
     for word, sentences in (("note", findings.notes), ("WARNING", findings.warnings), ("ERROR", findings.errors)):
         lines += [f"{word}: {sentence}" for sentence in sentences]
@@ -32,11 +32,11 @@ def _sizes(summary: SplitSummary) -> str:
     return f", {text}" if len(sides) == 1 else f", {text} to {large[0]} x {large[1]} pixels"
 
 
-def _cells(task: TaskSummary) -> list[str]:
+def _cells(task: TaskSummary, images: int) -> list[str]:
     if not task.images:
         return ["0", "", ""]
     return [
-        f"{task.labelled_images} ({_percent(task.labelled_images, task.images)})",
+        f"{task.labelled_images} ({_percent(task.labelled_images, images)})",
         _percent(task.labelled_pixels, task.pixels),
         _content(task),
     ]

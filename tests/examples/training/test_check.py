@@ -37,6 +37,9 @@ def test_check_stops_before_training(options, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "train: 4 images, 16 x 12" in output and "2 of 2 classes: background" in output
     assert (tmp_path / "run/check.png").is_file() and not (tmp_path / "run/adapter_config.json").exists()
+    # the folder is the script's own now
+    script.main(options)
+    assert (tmp_path / "run/check.png").is_file() and (tmp_path / "run/adapter_config.json").is_file()
 
 
 def test_a_bad_file_is_told_before_the_first_step(options, folder, tmp_path, capsys):
