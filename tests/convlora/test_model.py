@@ -1,16 +1,13 @@
 """The tuner as PEFT and transformers use it: parameters, several adapters, files, other backbones, several processes."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from process_groups import run_in_processes
 from small_models import adapter_size, differ, images, train
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -31,8 +28,6 @@ from peft_talora import (
     load_adapter,
     save_adapter,
 )
-
-ROOT = Path(__file__).parents[2]
 
 
 def config(**changes):
@@ -202,67 +197,42 @@ class TestOtherBackbones:
             get_peft_model(nn.Sequential(nn.Conv2d(3, 3, 3)), config(target_modules=["0"]))
 
 
-DDP_SCRIPT = """
-import os, sys, torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from peft import get_peft_model
-from peft_talora import ConvLoraConfig, auxiliary_loss
+def _compare_with_one_process(noisy):
+    """The gradients that two processes agree on are those of each one's batch alone, averaged."""
 
-def make():
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-    config = ConvLoraConfig(target_modules=["0", "2"], init_weights=False, noisy_gating=%(noisy)s, num_experts=4)
-    return get_peft_model(base, config, autocast_adapter_dtype=False).train()
+    def make():
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+        model = get_peft_model(
+            base, config(target_modules=["0", "2"], noisy_gating=noisy), autocast_adapter_dtype=False
+        )
+        return model.train()
 
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo")
-model = DistributedDataParallel(make())
-data = [torch.randn(3, 4, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(2)]
-for step in range(3):
-    torch.manual_seed(rank)
-    model.zero_grad()
-    output = model(data[rank])
-    # the second step without the balancing loss: nothing but the zeros reaches the gate
-    (output.square().mean() + (0 if step == 1 else auxiliary_loss(model))).backward()
-got = {n: p.grad for n, p in model.module.named_parameters() if p.requires_grad}
-expected = {}
-for r in range(2):
-    alone = make()
-    torch.manual_seed(r)
-    (alone(data[r]).square().mean() + auxiliary_loss(alone)).backward()
-    for name, parameter in alone.named_parameters():
-        if parameter.requires_grad:
-            expected[name] = expected.get(name, 0) + parameter.grad / 2
-assert got.keys() == expected.keys() and len(got) == 12
-for name, gradient in got.items():
-    torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
-assert any(g.abs().max() > 0 for n, g in got.items() if "gate" in n) == %(noisy)s
-dist.destroy_process_group()
-print("equal")
-"""
+    rank = dist.get_rank()
+    model = DistributedDataParallel(make())
+    data = [torch.randn(3, 4, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(2)]
+    for step in range(3):
+        torch.manual_seed(rank)
+        model.zero_grad()
+        output = model(data[rank])
+        # the second step without the balancing loss: nothing but the zeros reaches the gate
+        (output.square().mean() + (0 if step == 1 else auxiliary_loss(model))).backward()
+    got = {n: p.grad for n, p in model.module.named_parameters() if p.requires_grad}
+    expected = {}
+    for r in range(2):
+        alone = make()
+        torch.manual_seed(r)
+        (alone(data[r]).square().mean() + auxiliary_loss(alone)).backward()
+        for name, parameter in alone.named_parameters():
+            if parameter.requires_grad:
+                expected[name] = expected.get(name, 0) + parameter.grad / 2
+    assert got.keys() == expected.keys() and len(got) == 12
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+    assert any(g.abs().max() > 0 for n, g in got.items() if "gate" in n) == noisy
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("noisy", [True, False])
-def test_two_processes_without_looking_for_unused_parameters(noisy, tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP_SCRIPT % {"noisy": noisy})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    processes = [
-        subprocess.Popen([sys.executable, script], env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            output, error = process.communicate(timeout=300)
-            assert process.returncode == 0 and output.strip() == "equal", error
-    finally:
-        for process in processes:
-            process.kill()
+def test_two_processes_without_looking_for_unused_parameters(noisy):
+    run_in_processes(_compare_with_one_process, noisy, number=2)

@@ -139,8 +139,8 @@ class TestTraining:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
     @pytest.mark.slow
-    def test_compiles_to_one_graph(self, sam):
-        model, pixels, labels = tuned(sam).eval(), images(), label_maps()
+    def test_compiles_to_one_graph(self, sam_factory):
+        model, pixels, labels = tuned(sam_factory(num_hidden_layers=1)).eval(), images(), label_maps()
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         arguments = {"tasks": ["depth", "normals"], "labels": labels}

@@ -24,7 +24,10 @@ def gradients(model, pixels, tasks):
 def test_a_replay_needs_no_graph_of_its_own():
     torch._dynamo.reset()
     model = (
-        get_peft_model(make_sam(num_hidden_layers=2), TALoraConfig(tasks=["a", "b"], r=4, init_weights=False))
+        get_peft_model(
+            make_sam(num_hidden_layers=1, global_attn_indexes=[0]),
+            TALoraConfig(tasks=["a", "b"], r=4, init_weights=False),
+        )
         .double()
         .train()
     )
@@ -34,7 +37,7 @@ def test_a_replay_needs_no_graph_of_its_own():
     assert any((expected[name] - 2 * single[name]).abs().max() > 1e-6 for name in expected), "the tasks differ"
 
     model.gradient_checkpointing_enable()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     for layer in model.base_model.model.vision_encoder.layers:
         layer.attn.compile(backend=counter)
     model.zero_grad()

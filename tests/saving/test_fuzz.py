@@ -201,7 +201,7 @@ def remembered(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("make_config", "cases"), [(talora, 400), (lora, 100)])
+@pytest.mark.parametrize(("make_config", "cases"), [(talora, 150), (lora, 60)])
 def test_damage_is_harmless_or_refused(tiny_sam, tmp_path, remembered, make_config, cases):
     """Damaged weights load as they were saved, or are refused. A damaged configuration loads only with these weights."""
     base = MSamForMultiTask.from_sam(tiny_sam, TASKS)

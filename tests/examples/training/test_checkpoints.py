@@ -231,43 +231,67 @@ def test_random_numbers_go_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_at_any_event_of_a_save(save, folder, tmp_path):
-    """A save that also replaces a checkpoint and drops an old one, killed at its first, second, ... file event."""
+    """A save that also replaces a checkpoint and drops an old one, ended before its first, second, ... file event.
+
+    What is on the disk before an event is what a process that is killed there leaves; at some it is killed indeed.
+    """
     for step in (1, 2, 3):
         save(step)
-    shutil.copytree(folder, tmp_path / "before")
-    events, killed = 0, True
-    while killed:
-        events += 1
+    before, moments = tmp_path / "before", tmp_path / "moments"
+    shutil.copytree(folder, before)
+    assert not _killed_while_saving(save, lambda number: shutil.copytree(folder, moments / f"{number}"))
+    assert steps(folder) == [2, 3]
+    events = len(list(moments.iterdir()))
+    assert events > 20
+    for event in range(1, events + 1):
+        _assert_one_is_found(moments / f"{event}", event)
+    for event in range(7, events, 14):
         shutil.rmtree(folder)
-        shutil.copytree(tmp_path / "before", folder)
-        child = os.fork()
-        if child == 0:
-            try:
-                _kill_at(events)
-                save(3, keep=2)
-            finally:
-                os._exit(0)
-        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        messages = []
-        found = find_checkpoint("latest", folder, ARGUMENTS, messages.append)
-        assert found.step in (2, 3) and len(messages) == 1, f"{messages} after event {events}"
+        shutil.copytree(before, folder)
+        assert _killed_while_saving(save, lambda number, event=event: number == event and _kill())
+        assert _files(folder) == _files(moments / f"{event}")
+        _assert_one_is_found(folder, event)
         # the next save finds nothing in its way
-        if events % 7 == 0:
-            save(4)
-            assert find_checkpoint("latest", folder, ARGUMENTS).step == 4
-            assert not list(folder.glob(".*"))
-    assert events > 20 and steps(folder) == [2, 3]
+        save(4)
+        assert find_checkpoint("latest", folder, ARGUMENTS).step == 4
+        assert not list(folder.glob(".*"))
 
 
-def _kill_at(number):
-    """Kill this process before its file event of that number."""
-    left = number
+def _killed_while_saving(save, do):
+    """Save in a copy of this process that calls `do(number)` before each file event; whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            _at_file_events(do)
+            save(3, keep=2)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def _at_file_events(do):
+    number, busy = 0, False
 
     def count(event, _):
-        nonlocal left
-        if event in FILE_EVENTS:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal number, busy
+        if event in FILE_EVENTS and not busy:
+            number, busy = number + 1, True
+            do(number)
+            busy = False
 
     sys.addaudithook(count)
+
+
+def _kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _files(folder):
+    """How large all files are; names made up at random are left out."""
+    return sorted((path.suffix, path.stat().st_size) for path in folder.rglob("*") if path.is_file())
+
+
+def _assert_one_is_found(folder, event):
+    messages = []
+    found = find_checkpoint("latest", folder, ARGUMENTS, messages.append)
+    assert found.step in (2, 3) and len(messages) == 1, f"{messages} before event {event}"
