@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from training.adapter import adapted_layers
 from training.options import ADAPTER_LR, RANK, given_options, make_parser, option, parse_args
-from transformers import SamVisionConfig, SamVisionModel
+from transformers import PreTrainedModel
 
 import peft_talora as pt
+from peft_talora.msam.families import family_of_model
 from peft_talora.msam.loading import load_sam
 
 from . import one_run
@@ -234,34 +236,38 @@ def without(arguments: Sequence[str], name: str) -> list[str]:
 
 def matching_ranks(base: str, rank: int, tasks: tuple[str, ...], names: Iterable[str] = METHODS) -> dict[str, int]:
     """{method: rank} at which each has about as many parameters as TA-LoRA of `rank`; one per task, all of them together."""
-    config = load_sam(base).config.vision_config
-    target = count_parameters(config, METHODS["talora"], tasks, rank)
+    sam = load_sam(base)
+    target = count_parameters(sam, METHODS["talora"], tasks, rank)
     ranks = {}
     for name in names:
         method = METHODS[name]
         if method.method in RANK:
-            ranks[name] = RANK[method.method] if method.published_rank else nearest_rank(config, method, tasks, target)
+            ranks[name] = RANK[method.method] if method.published_rank else nearest_rank(sam, method, tasks, target)
     return ranks
 
 
-def nearest_rank(config: SamVisionConfig, method: Method, tasks: tuple[str, ...], target: int) -> int:
+def nearest_rank(sam: PreTrainedModel, method: Method, tasks: tuple[str, ...], target: int) -> int:
     """The rank at which a method has most nearly as many parameters: their number is a quadratic function of it."""
     few = (1, 2, 3)
-    polynomial = np.polyfit(few, [count_parameters(config, method, tasks, rank) for rank in few], 2)
-    ranks = np.arange(1, 4 * config.hidden_size)
+    polynomial = np.polyfit(few, [count_parameters(sam, method, tasks, rank) for rank in few], 2)
+    high = 1
+    while np.polyval(polynomial, high) < target:
+        high *= 2
+    ranks = np.arange(1, high + 1)
     return int(ranks[np.abs(np.polyval(polynomial, ranks) - target).argmin()])
 
 
-def count_parameters(config: SamVisionConfig, method: Method, tasks: tuple[str, ...], rank: int) -> int:
+def count_parameters(sam: PreTrainedModel, method: Method, tasks: tuple[str, ...], rank: int) -> int:
     """How many parameters a method's adapters of this rank have, without the decoders and norms."""
     with torch.device("meta"):
-        encoder = SamVisionModel(config)
-        where = adapted_layers(encoder.vision_encoder, method.targets, method.layers)
+        encoder = family_of_model(sam).encoder(sam.config.vision_config)
+        where = adapted_layers(encoder, method.targets, method.layers)
         adapter = {
             "talora": lambda: pt.TALoraConfig(tasks=list(tasks), r=rank, init_weights=True, **where),
             "convlora": lambda: pt.ConvLoraConfig(r=rank, **where),
             "lora": lambda: LoraConfig(r=rank, **where),
         }[method.method]()
-        model = get_peft_model(encoder, adapter)
+        # under the name that it has in a SAM: PEFT finds the layers' numbers behind a name
+        model = get_peft_model(nn.ModuleDict({"vision_encoder": encoder}), adapter)
     number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return number * (len(tasks) if method.per_task else 1)

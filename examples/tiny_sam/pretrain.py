@@ -1,11 +1,12 @@
-"""Pretrain a small SAM on rendered rooms with SAM's own objective: prompts in, masks out.
+"""Pretrain a small SAM or SAM 2 on rendered rooms with SAM's own objective: prompts in, masks out.
 
-The examples and tests need a pretrained `SamModel` that loads in a moment and runs on a CPU. This script makes one:
-boxes and points on instances of `examples/scenes.py` are the prompts, the instances' masks are the targets, and no
+The examples and tests need a pretrained `SamModel` that loads in a moment and runs on a CPU. This script makes it, and a
+`Sam2Model` beside it: boxes and points on instances of `examples/scenes.py` are the prompts, the instances' masks are the targets, and no
 other label is used. The whole schedule (warm-up, curriculum, learning-rate decay) is a function of the wall-clock time
 spent, so that a run takes `--minutes` on whatever machine it is started, and an interrupted run resumes where it was.
 
     python examples/tiny_sam/pretrain.py --minutes 52
+    python examples/tiny_sam/pretrain.py --base tiny_sam2 --minutes 52
     python examples/tiny_sam/pretrain.py --evaluate-only
 """
 
@@ -26,17 +27,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor, nn
-from transformers import SamModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from pretraining.card import export, model_card  # noqa: E402
 from pretraining.evaluation import evaluate  # noqa: E402
-from pretraining.model import build_model  # noqa: E402
+from pretraining.model import BASES, build_model  # noqa: E402
+from pretraining.muon import Muon  # noqa: E402
 from pretraining.objective import training_loss  # noqa: E402
 from pretraining.rooms import load_arrays  # noqa: E402
 from scenes import default_cache_dir  # noqa: E402
+
+# in the names of the encoder's and the decoder's layers
+BLOCKS = ("layers", "blocks", "transformer")
+# options that a card names where they were not the defaults
+RECIPE = ("scenes", "batch_size", "prompts", "lr", "weight_decay", "focal_weight", "gamma", "muon", "bf16", "average_steps", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,19 +53,19 @@ class Run:
     `state` counts "step" and "images", and the "elapsed" seconds of training.
     """
 
-    model: SamModel
-    average: SamModel
+    model: PreTrainedModel
+    average: PreTrainedModel
     optimizers: list[torch.optim.Optimizer]
     state: dict[str, float]
 
 
-def build_optimizers(model: SamModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Return AdamW, and Muon for the encoder's and decoder's matrices if `--muon`; no decay on vectors."""
     groups: dict[str, list] = {"matrices": [], "others": [], "vectors": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim == 2 and ("layers" in name or "transformer" in name) and "rel_pos" not in name
+        plain = parameter.ndim == 2 and any(part in name for part in BLOCKS) and "rel_pos" not in name
         kind = "matrices" if plain and "embed" not in name else "others" if parameter.ndim > 1 else "vectors"
         groups[kind].append(parameter)
     adam = [
@@ -67,10 +74,7 @@ def build_optimizers(model: SamModel, args: argparse.Namespace) -> list[torch.op
     ]
     optimizers = [torch.optim.AdamW(adam, lr=args.lr, betas=(0.9, 0.98))]
     if args.muon:
-        muon = torch.optim.Muon(
-            groups["matrices"], lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
+        optimizers.append(Muon(groups["matrices"], lr=args.lr, weight_decay=args.weight_decay))
     return optimizers
 
 
@@ -135,12 +139,28 @@ def report(run: Run, losses: list[float], held_out: dict[str, Tensor]) -> dict[s
     return scores
 
 
+def write_model(run: Run, scores: dict[str, float], args: argparse.Namespace, **evaluated: object) -> None:
+    """Write the averaged model with a card that says how it was made and how good it is."""
+    facts = run.state | {"recipe": recipe(args)} | evaluated
+    export(run.average, args.output, model_card(run.average, scores, facts, args))
+
+
+def recipe(args: argparse.Namespace) -> str:
+    """Return the options, beside base and minutes, that make a run another one than that of the defaults."""
+    default, words = vars(parse_args([])), ""
+    for name in RECIPE:
+        value, flag = getattr(args, name), name.replace("_", "-")
+        if value != default[name]:
+            words += f" --{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f" --{flag} {value:g}"
+    return words
+
+
 def train(args: argparse.Namespace) -> None:
     """Train until `args.minutes` are spent, with a checkpoint and a usable model every `args.report_every` seconds."""
     torch.manual_seed(args.seed)
     data = load_arrays("pretrain", args.scenes, args.cache_dir)
     held_out = load_arrays("validation", 100, args.cache_dir)
-    model = build_model().train()
+    model = build_model(BASES[args.base]).train()
     average = copy.deepcopy(model).requires_grad_(False)
     run = Run(model, average, build_optimizers(model, args), {"step": 0, "images": 0, "elapsed": 0.0})
     checkpoint = args.work_dir / "checkpoint.pt"
@@ -154,20 +174,17 @@ def train(args: argparse.Namespace) -> None:
         if run.state["elapsed"] - reported >= args.report_every:
             scores = report(run, losses, held_out)
             save(run, checkpoint)
-            export(
-                average,
-                args.output,
-                model_card(average, scores, run.state | {"split": "validation", "test_scenes": 100}, args),
-            )
+            write_model(run, scores, args, split="validation", test_scenes=100)
             # Time spent on evaluation is not training time.
             losses, reported, clock = [], run.state["elapsed"], time.monotonic()
     save(run, checkpoint)
     scores = report(run, losses, load_arrays("test", args.test_scenes, args.cache_dir))
-    export(average, args.output, model_card(average, scores, run.state | {"split": "test"}, args))
+    write_model(run, scores, args, split="test")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pretrain a small SAM on rendered rooms.")
+    parser = argparse.ArgumentParser(description="Pretrain a small SAM or SAM 2 on rendered rooms.")
+    parser.add_argument("--base", choices=BASES, default="tiny_sam", help="which of the two")
     parser.add_argument("--minutes", type=float, default=52, help="training time; the whole schedule scales with it")
     parser.add_argument("--scenes", type=int, default=8000, help="number of pretraining scenes")
     parser.add_argument("--test-scenes", type=int, default=200, help="number of scenes of the final evaluation")
@@ -185,16 +202,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --work-dir")
     parser.add_argument("--evaluate-only", action="store_true", help="print the IoUs of the model in --output")
     parser.add_argument("--cache-dir", help="folder of the rendered scenes")
-    parser.add_argument("--work-dir", type=Path, default=default_cache_dir().parent / "tiny_sam")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of the model")
-    return parser.parse_args(argv)
+    parser.add_argument("--work-dir", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--output", type=Path, help="folder of the model; default: that of the base")
+    args = parser.parse_args(argv)
+    args.work_dir = args.work_dir or default_cache_dir().parent / args.base
+    args.output = args.output or HERE.parent / args.base
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.disable_progress_bar()
     if args.evaluate_only:
-        model = SamModel.from_pretrained(args.output)
+        model = BASES[args.base].model_class.from_pretrained(args.output)
         print(json.dumps(evaluate(model, load_arrays("test", args.test_scenes, args.cache_dir)), indent=2))
         return
     train(args)

@@ -11,7 +11,7 @@ from small_models import make_sam
 from small_training import make_row
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "tiny_sam")]
 
 
 @pytest.fixture

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import SamModel
+from transformers import PreTrainedModel
 
-from .objective import decode, mask_ious
+from .objective import decode, embed, mask_ious
 from .prompts import MIN_AREA, center_points, mask_boxes, sample_points
-from .rooms import normalize
 
 
 @torch.no_grad()
-def evaluate(model: SamModel, data: dict[str, Tensor]) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, data: dict[str, Tensor]) -> dict[str, float]:
     """Return mean IoUs over the instances of at least `MIN_AREA` pixels in held-out scenes.
 
     Prompts are the tight box, the point farthest from the border (SAM's own protocol) and a random point; masks are
@@ -25,7 +24,7 @@ def evaluate(model: SamModel, data: dict[str, Tensor]) -> dict[str, float]:
     scores: dict[str, list[Tensor]] = {}
     for start in range(0, len(data["image"]), 20):
         part = {name: values[start : start + 20] for name, values in data.items()}
-        embeddings = model.vision_encoder(normalize(part["image"].float() / 255)).last_hidden_state
+        features = embed(model, part["image"].float() / 255)
         wanted = [
             (i, n) for i, inst in enumerate(part["instance"]) for n in range(1, 16) if (inst == n).sum() >= MIN_AREA
         ]
@@ -38,14 +37,14 @@ def evaluate(model: SamModel, data: dict[str, Tensor]) -> dict[str, float]:
             "random point": {"input_points": sample_points(masks, 1)[:, None]},
         }
         for kind, prompt in prompts.items():
-            logits, guess = decode(model, embeddings[owner], prompt)
+            logits, guess = decode(model, features, owner, prompt)
             iou = mask_ious(logits, masks)[:, 0]
             scores.setdefault(kind, []).append(iou)
             scores.setdefault(f"{kind}, objects", []).append(iou[thing])
             if kind == "box":
                 scores.setdefault("iou error", []).append((guess[:, 0] - iou).abs())
             if kind == "point":
-                logits, _ = decode(model, embeddings[owner], prompt, multimask=True)
+                logits, _ = decode(model, features, owner, prompt, multimask=True)
                 scores.setdefault("point, best of 3", []).append(mask_ious(logits, masks).max(1).values)
     model.train()
     torch.set_rng_state(generator_state)

@@ -7,8 +7,9 @@ import argparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import SamModel
+from transformers import PreTrainedModel
 
+from .model import base_of
 from .prompts import choose_instances, corrective_prompts, draw_prompts
 from .rooms import augment, normalize
 
@@ -35,8 +36,17 @@ def mask_ious(logits: Tensor, masks: Tensor) -> Tensor:
     return both.sum((2, 3)) / either.sum((2, 3)).clamp(min=1)
 
 
-def decode(model: SamModel, embeddings: Tensor, prompts: dict[str, Tensor], multimask: bool = False) -> tuple:
-    """Return logits (N, M, 64, 64) and predicted IoUs (N, M) for embeddings (N, 128, 16, 16) and their prompts."""
+def embed(model: PreTrainedModel, images: Tensor) -> list[Tensor]:
+    """Return the feature maps that the mask decoder takes of images (B, 3, H, W) in [0, 1]."""
+    return base_of(model).embed(model, normalize(images))
+
+
+def decode(
+    model: PreTrainedModel, features: list[Tensor], owner: Tensor, prompts: dict[str, Tensor], multimask: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return logits (N, M, h, w) and predicted IoUs (N, M) for N prompts and the images (N,) that they are about."""
+    levels = [level[owner] for level in features]
+    embeddings = levels if len(levels) > 1 else levels[0]
     outputs = model(image_embeddings=embeddings, multimask_output=multimask, **prompts)
     return outputs.pred_masks[:, 0].float(), outputs.iou_scores[:, 0].float()
 
@@ -47,7 +57,9 @@ def prompt_loss(logits: Tensor, ious: Tensor, masks: Tensor, args: argparse.Name
     return best + F.mse_loss(ious, mask_ious(logits.detach(), masks))
 
 
-def training_loss(model: SamModel, data: dict[str, Tensor], progress: float, args: argparse.Namespace) -> Tensor:
+def training_loss(
+    model: PreTrainedModel, data: dict[str, Tensor], progress: float, args: argparse.Namespace
+) -> Tensor:
     """Draw a batch, prompt it and return the loss.
 
     Boxes come first because they tell where an object ends: points take half of the prompts after a tenth of the
@@ -57,20 +69,20 @@ def training_loss(model: SamModel, data: dict[str, Tensor], progress: float, arg
     images, instances = augment(data["image"][index], data["instance"][index])
     # Half precision speeds up the encoder's large matrix products on CPUs that have it, and slows down the decoder.
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-        embeddings = model.vision_encoder(normalize(images)).last_hidden_state
-    embeddings = embeddings.float()
+        features = embed(model, images)
+    features = [level.float() for level in features]
     loss, early = torch.zeros(()), progress < 0.1
     kinds = ("box", "box") if early else (_pick(box=0.7, **{"box+point": 0.3}), _pick(point=0.7, points=0.3))
     for kind in kinds:
         owner, masks = choose_instances(instances, args.prompts // 2)
         prompts = draw_prompts(masks, kind)
-        logits, ious = decode(model, embeddings[owner], prompts)
+        logits, ious = decode(model, features, owner, prompts)
         loss = loss + prompt_loss(logits, ious, masks, args) / 2
         if kind == "point" and torch.rand(()) < 0.3:
-            loss = loss + prompt_loss(*decode(model, embeddings[owner], prompts, multimask=True), masks, args) / 2
+            loss = loss + prompt_loss(*decode(model, features, owner, prompts, multimask=True), masks, args) / 2
         if not early and torch.rand(()) < 0.05:
             prompts = corrective_prompts(logits.detach(), masks)
-            loss = loss + prompt_loss(*decode(model, embeddings[owner], prompts), masks, args) / 2
+            loss = loss + prompt_loss(*decode(model, features, owner, prompts), masks, args) / 2
     return loss
 
 

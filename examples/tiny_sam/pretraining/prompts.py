@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model import SIZE
+from .base import SIZE
 
 MIN_AREA = 40  # pixels; smaller instances are not prompted
 
@@ -66,7 +66,7 @@ def center_points(masks: Tensor) -> Tensor:
 
 
 def draw_prompts(masks: Tensor, kind: str) -> dict[str, Tensor]:
-    """Return the prompts of masks (N, H, W) as keyword arguments of `SamModel`, one prompt for each batch element.
+    """Return the prompts of masks (N, H, W) as keyword arguments of the model, one prompt for each batch element.
 
     Args:
         masks: Boolean instances.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model import SIZE
+from .base import SIZE
 
 COLUMNS = ("image", "segmentation", "instance")
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)

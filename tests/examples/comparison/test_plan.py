@@ -5,6 +5,7 @@ import pytest
 import training.options
 from comparison import one_run
 from comparison.plan import METHODS, Amount, Entry, Plan, count_parameters, matching_ranks, split_common
+from small_models import make_sam2
 
 import peft_talora as pt
 
@@ -56,7 +57,8 @@ class TestPlan:
 
     def test_ranks_with_as_many_parameters(self, base):
         # two layers of 32 -> 96: LoRA has 128 r, TA-LoRA 128 r + r r 4 and 4 for each task
-        config = pt.msam.loading.load_sam(base).config.vision_config
+        sam = pt.msam.loading.load_sam(base)
+        config = sam.config.vision_config
         width, tasks = config.hidden_size, ("a", "b", "c")
         talora = 4 * width * 16 + 16 * 16 * 4 + 3 * 4
         ranks = matching_ranks(base, 16, tasks)
@@ -67,12 +69,28 @@ class TestPlan:
         target = config.num_hidden_layers * talora
         for name in ranks.keys() - {"convlora"}:
             counts = [
-                count_parameters(config, METHODS[name], tasks, rank)
+                count_parameters(sam, METHODS[name], tasks, rank)
                 for rank in range(ranks[name] - 1, ranks[name] + 2)
                 if rank
             ]
-            nearest = count_parameters(config, METHODS[name], tasks, ranks[name])
+            nearest = count_parameters(sam, METHODS[name], tasks, ranks[name])
             assert abs(nearest - target) == min(abs(number - target) for number in counts), name
+
+    def test_ranks_on_another_family(self, tmp_path):
+        # Hiera: seven blocks of their own widths, so that an equal number of parameters is a sum over them
+        sam = make_sam2()
+        sam.save_pretrained(tmp_path)
+        widths = [(m.in_features, m.out_features) for n, m in sam.named_modules() if n.endswith("attn.qkv")]
+        assert len(widths) == 7 and len(set(widths)) > 4
+        ranks, tasks = matching_ranks(str(tmp_path), 4, ("a", "b", "c")), ("a", "b", "c")
+        talora = sum(4 * (d + k) + 4 * 4 * 4 + 3 * 4 for d, k in widths)
+        assert count_parameters(sam, METHODS["talora"], tasks, 4) == talora
+        each = sum(map(sum, widths))
+        assert ranks["lora"] == round(talora / each) and ranks["lora_per_task"] == round(talora / each / 3)
+        # the last half of the blocks has most of them: Hiera grows wider
+        wide = sum(4 * (d + k) + 4 * 4 * 4 + 3 * 4 for d, k in widths[3:])
+        assert count_parameters(sam, METHODS["talora_last_half"], tasks, 4) == wide
+        assert set(ranks) == METHODS.keys() - {"decoder", "full"} and ranks["convlora_equal"] > 1
 
     @pytest.mark.parametrize("text", ["magic", "talora:0", "talora:x", "talora:"])
     def test_impossible_methods(self, text, capsys):
