@@ -35,7 +35,6 @@ sys.path.insert(0, str(HERE.parent))
 from pretraining.card import export, model_card  # noqa: E402
 from pretraining.evaluation import evaluate  # noqa: E402
 from pretraining.model import BASES, build_model  # noqa: E402
-from pretraining.muon import Muon  # noqa: E402
 from pretraining.objective import training_loss  # noqa: E402
 from pretraining.rooms import load_arrays  # noqa: E402
 from scenes import default_cache_dir  # noqa: E402
@@ -74,7 +73,10 @@ def build_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[t
     ]
     optimizers = [torch.optim.AdamW(adam, lr=args.lr, betas=(0.9, 0.98))]
     if args.muon:
-        optimizers.append(Muon(groups["matrices"], lr=args.lr, weight_decay=args.weight_decay))
+        muon = torch.optim.Muon(
+            groups["matrices"], lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
     return optimizers
 
 
