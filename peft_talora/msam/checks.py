@@ -13,7 +13,7 @@ from ..routing.requests import TaskRequest, resolve_task
 from ..tuner.checks import is_int
 from .configuration import MSamConfig
 from .families import Family
-from .split import Features
+from .split import States
 from .tasks import TaskSpec
 
 
@@ -46,7 +46,7 @@ def checked_task_ids(
     return ids
 
 
-def check_inputs(config: MSamConfig, pixel_values: Any, image_embeddings: Any, trunk_states: Features | None) -> int:
+def check_inputs(config: MSamConfig, pixel_values: Any, image_embeddings: Any, trunk_states: States | None) -> int:
     """The batch size of the one input that is given."""
     if sum(given is not None for given in (pixel_values, image_embeddings, trunk_states)) != 1:
         raise ValueError("Give exactly one of pixel_values, image_embeddings and trunk_states.")
@@ -76,7 +76,7 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple | list) else "")
 
 
-def _checked_states(states: Features) -> int:
+def _checked_states(states: States) -> int:
     """The batch size of hidden states that are a tuple: how many depends on where the tasks part."""
     is_tuple = isinstance(states, tuple) and all(isinstance(part, torch.Tensor) and part.ndim == 4 for part in states)
     if not is_tuple or len({part.shape[0] for part in states}) != 1:

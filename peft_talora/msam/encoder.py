@@ -15,13 +15,13 @@ from torch import nn
 
 from ..routing.router import number_added
 from .checks import checked_chunk
-from .split import Features, is_task_aware, map_tensors
+from .split import Features, States, is_task_aware, map_tensors
 
 
 def encode_tasks(
     model: nn.Module,
     pixel_values: torch.Tensor | None,
-    trunk_states: Features | None,
+    trunk_states: States | None,
     names: list[str],
     task_chunk: int | None = None,
 ) -> dict[str, Features]:
@@ -71,7 +71,7 @@ def _of_each_task(features: Features, number: int) -> list[Features]:
 
 
 def encode_mixed(
-    model: nn.Module, pixel_values: torch.Tensor | None, trunk_states: Features | None, ids: torch.Tensor
+    model: nn.Module, pixel_values: torch.Tensor | None, trunk_states: States | None, ids: torch.Tensor
 ) -> Features:
     """The features of B images, each for the task of its image.
 

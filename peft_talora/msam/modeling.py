@@ -28,7 +28,7 @@ from .loading import check_plain, load_sam
 from .loss import task_losses
 from .output import MSamOutput
 from .processing import post_process
-from .split import Features
+from .split import Features, States
 from .tasks import Tasks, TaskSpec, parse_tasks, tasks_to_list
 
 LOAD_INSTEAD = (
@@ -209,7 +209,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         task_ids: TaskRequest | None = None,
         labels: Mapping[str, torch.Tensor] | None = None,
         return_dict: bool | None = None,
-        trunk_states: Features | None = None,
+        trunk_states: States | None = None,
         task_chunk: int | None = None,
         loss_divisors: Mapping[str, float | torch.Tensor] | None = None,
         original_sizes: Any = None,
@@ -287,7 +287,7 @@ class MSamForMultiTask(SamPreTrainedModel):
         check_inputs(self.config, pixel_values, None, None)
         return encode_tasks(self, pixel_values, None, wanted_tasks(self.task_specs, tasks), task_chunk)
 
-    def encode_trunk(self, pixel_values: torch.Tensor) -> Features:
+    def encode_trunk(self, pixel_values: torch.Tensor) -> States:
         """The hidden states (B, h, w, D) before the first task-aware layer, to be passed to `forward` as `trunk_states`.
 
         They are those of the adapters that are active now. Where later parts take more (SAM 2's feature pyramid, SAM-HQ's

@@ -13,16 +13,18 @@ from ..routing.router import using_ids
 
 # what the encoder gives of images: (B, C, h, w), or a tuple of tensors of which that is the last
 Features: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+# what travels between its blocks: (B, h, w, D), or a tuple of such where later parts take more than the last block's output
+States: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], states: Features) -> Features:
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], states: States) -> States:
     """`function` of a tensor, or of each tensor in a tuple."""
     if isinstance(states, torch.Tensor):
         return function(states)
     return tuple(function(tensor) for tensor in states)
 
 
-def first_tensor(states: Features) -> torch.Tensor:
+def first_tensor(states: States) -> torch.Tensor:
     """A tensor itself, or the first one of a tuple."""
     return states if isinstance(states, torch.Tensor) else states[0]
 
@@ -42,26 +44,26 @@ class SplitEncoder(nn.Module):
 
     blocks: nn.ModuleList
 
-    def stem(self, pixel_values: torch.Tensor) -> Features:
+    def stem(self, pixel_values: torch.Tensor) -> States:
         """What comes before the blocks: images (B, 3, S, S) -> hidden states."""
         raise NotImplementedError
 
-    def step(self, index: int, states: Features) -> Features:
+    def step(self, index: int, states: States) -> States:
         """The block of this index: hidden states -> hidden states."""
         return self.blocks[index](states)
 
-    def head(self, states: Features) -> ModelOutput:
+    def head(self, states: States) -> ModelOutput:
         """What comes after the blocks: hidden states -> the encoder's output, with `last_hidden_state` (B, C, h, w)."""
         raise NotImplementedError
 
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        trunk_states: Features | None = None,
+        trunk_states: States | None = None,
         trunk_only: bool = False,
         branches: list[int] | torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> ModelOutput | Features:
+    ) -> ModelOutput | States:
         """Encode images, as the encoder's own class does, or a part of the way.
 
         Args:
@@ -99,10 +101,10 @@ class SplitEncoder(nn.Module):
                 return index
         return len(self.blocks)
 
-    def _run_blocks(self, states: Features, start: int, stop: int) -> Features:
+    def _run_blocks(self, states: States, start: int, stop: int) -> States:
         for index in range(start, stop):
             states = self.step(index, states)
         return states
 
-    def _branch(self, states: Features) -> ModelOutput:
+    def _branch(self, states: States) -> ModelOutput:
         return self.head(self._run_blocks(states, self._parting(), len(self.blocks)))
