@@ -361,7 +361,7 @@ class TestLastForward:
 
 
 class TestCompile:
-    def check(self, backend, size=(14, 14), train=True):
+    def check(self, backend, size=(14, 14)):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend(backend)
         model, layer = tuned_linear()
@@ -382,8 +382,6 @@ class TestCompile:
             for mine, reference in zip(got, want, strict=True):
                 torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9)
         assert counter.frame_count == 1
-        if not train:
-            return
         model.train()
         for _ in range(2):
             output = compiled(tokens(5, *size, 10))
@@ -396,6 +394,6 @@ class TestCompile:
         self.check("aot_eager")
 
     @pytest.mark.slow
-    def test_inductor(self):
-        # a grid that fills no vector register
-        self.check("inductor", (6, 9), train=False)
+    @pytest.mark.parametrize("size", [(14, 14), (20, 33)])
+    def test_inductor(self, size):
+        self.check("inductor", size)
