@@ -26,6 +26,7 @@ import extras  # noqa: F401
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bases import BASES, DEFAULT, base_path
 from comparison.jobs import Job, run_if_missing
 from comparison.plan import BASELINE, METHODS, ROWS, Amount, Entry, Plan, check_common, matching_ranks, split_common
 from comparison.rates import tune
@@ -75,7 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     add("--noise", type=count, metavar="THREADS", help="repeat decoders only and TA-LoRA (else the last method) with another number "
         "of CPU threads, to see what that changes")  # fmt: skip
     add("--tasks", nargs="+", help="the tasks (default: those of the dataset, for scenes semantic depth normals)")
-    add("--base", default="tiny_sam", help="the SAM: tiny_sam, a path, or a Hub id such as facebook/sam-vit-base (default: "
+    add("--base", default=DEFAULT, help=f"the SAM: {', '.join(BASES)}, a path, or a Hub id such as facebook/sam-vit-base (default: "
         "%(default)s)")  # fmt: skip
     add("--rank", type=count, default=32, help="rank of TA-LoRA; the LoRAs' follows from it (default: %(default)s)")
     add("--no-tuning", action="store_true", help="take the methods' default learning rates")
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare what the arguments say: 1 where a run failed, else 0."""
     args, rest = parse_args(argv)
     tasks, images = look_at_data(args)
-    base = str(Path(__file__).parent / "tiny_sam") if args.base == "tiny_sam" else args.base
+    base = base_path(args.base)
     common, special = split_common(("--base", base, *rest), args.training)
     names = list(dict.fromkeys([BASELINE, *(entry.name for entry in args.methods)]))
     ranks = matching_ranks(base, args.rank, tasks, names)

@@ -32,12 +32,12 @@ from peft_talora.saving.adapter import SavedAdapter
 from peft_talora.saving.directory import written_aside
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bases import BASES, base_path
 from contact_sheet import save_sheet
 from picture_files import OutputFiles, find_pictures, read_picture, refuse_foreign, save_numbers, save_png
 from prediction import Maps, Picture, make_picture, one_thread, predict, shrink_image, shrink_map
 from tiles import predict_tiled
 
-TINY_SAM = Path(__file__).parent / "tiny_sam"
 SHEET = "contact_sheet.png"
 SHEET_SIDE = 320  # longest side of a picture on the sheet, in pixels
 BATCH_PIXELS = 16_000_000  # of the pictures that go through the model together: larger ones go alone
@@ -78,7 +78,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", action="append", metavar="[NAME=]PATH",
         help="a folder that training wrote, or a Hub id; repeat it for several adapters, each with its own tasks; "
         "default: runs/multitask")  # fmt: skip
-    add("--base", help="the SAM: tiny_sam, a path, or a Hub id; default: the one that the adapter was trained on")
+    add("--base", help=f"the SAM: {', '.join(BASES)}, a path or a Hub id; default: the one the adapter was trained on")
     add("--max-megapixels", type=float, default=64, help="a picture with more pixels is not read; default: 64")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -90,8 +90,7 @@ def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namesp
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device: {error}")
-    if args.base == TINY_SAM.name:
-        args.base = str(TINY_SAM)
+    args.base = args.base and base_path(args.base)
     if not args.max_megapixels > 0:
         parser.error(f"--max-megapixels must be above 0, got {args.max_megapixels}")
     args.adapters = name_adapters(parser, args.adapter or ["runs/multitask"])

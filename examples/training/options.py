@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = Path(__file__).parents[1]
+from bases import BASES, DEFAULT, base_path
+
 METHODS = ("talora", "convlora", "lora", "decoder", "full")
 CAMERAS = ("photo", "thermal", "ultrasound")
 # learning rates of the adapter's own parameters, chosen on validation scenes (README, "What was measured")
@@ -126,7 +127,11 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     add("--num-workers", type=whole(0), default=0, metavar="N", help="processes that load data")
 
     add = group("model")
-    add("--base", default="tiny_sam", help="the SAM: tiny_sam, a path, or a Hub id such as facebook/sam-vit-base")
+    add(
+        "--base",
+        default=DEFAULT,
+        help=f"the SAM: {', '.join(BASES)}, a path, or a Hub id such as facebook/sam-vit-base",
+    )
     add("--method", choices=METHODS, default="talora", help="lora is PEFT's own; decoder leaves the encoder alone, full trains "
         "all of it")  # fmt: skip
     add("--rank", type=count, help=f"rank of the adapter (default: {RANK['talora']}, for convlora {RANK['convlora']})")
@@ -260,8 +265,7 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.crop_scales is None:
         args.crop_scales = [1.0] if scenes else list(CROP_SCALES)
     args.task_weights = dict(args.task_weights or [])
-    if args.base == "tiny_sam":
-        args.base = str(EXAMPLES / "tiny_sam")
+    args.base = args.base and base_path(args.base)
     if args.baseline is None:
         fresh = scenes and args.method != "decoder" and args.init_from is None
         args.baseline = "train" if fresh else "none"
