@@ -198,6 +198,15 @@ def make_sam3(image_size: int = 32) -> Sam3Model:
     )
 
 
+# {family of SAMs that mSAM takes: what makes a small one}
+MAKERS = {"sam": make_sam, "sam_hq": make_sam_hq, "sam2": make_sam2, "sam3_tracker": make_sam3_tracker}
+
+
+def side_of(family: str) -> int:
+    """The side of the images that a small model of a family takes, in pixels."""
+    return 64 if family == "sam2" else 32
+
+
 @torch.no_grad()
 def move_saved_modules(model):
     """Move what is trained in full away from the SAM's weights, differently for every task and channel; the model."""

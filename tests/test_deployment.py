@@ -3,11 +3,13 @@
 import pytest
 import torch
 from peft import get_peft_model
+from small_models import MAKERS, side_of
 from torch import nn
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec, lean_attention, task_to_sam
 
 TASKS = {"depth": TaskSpec("depth"), "parts": TaskSpec("parts", 3)}
+other_families = pytest.mark.parametrize("family", [name for name in MAKERS if name != "sam"])
 
 
 class TaskLogits(nn.Module):
@@ -37,7 +39,9 @@ def tuned(sam, channel_mode):
 
 def merged(sam, channel_mode, task):
     """Its merged mSAM of one task, images, and what the unmerged model says of them."""
-    model, pixels = tuned(sam, channel_mode), torch.randn(2, 3, 32, 32)
+    model = tuned(sam, channel_mode)
+    side = side_of(model.get_base_model().config.base_model_type)
+    pixels = torch.randn(2, 3, side, side)
     with torch.no_grad():
         expected = model(pixels, tasks=[task]).logits[task]
     model.set_task(task)
@@ -55,6 +59,13 @@ def test_torch_export(sam, channel_mode):
         torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-4)
 
 
+@other_families
+def test_torch_export_of_the_other_families(family):
+    model, pixels, expected = merged(MAKERS[family](), "prompt", "parts")
+    program = torch.export.export(model, (pixels,))
+    torch.testing.assert_close(program.module()(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
 def run_onnx(model, pixels, path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the runtime that runs the file")
     pytest.importorskip("onnxscript", reason="torch writes ONNX with it")
@@ -69,6 +80,13 @@ def test_onnx_of_a_merged_task(sam, tmp_path, channel_mode, lean):
     model, pixels, expected = merged(sam, channel_mode, "parts")
     if lean:
         lean_attention(model)
+    torch.testing.assert_close(run_onnx(model, pixels, tmp_path / "parts.onnx"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@other_families
+def test_onnx_of_the_other_families(family, tmp_path):
+    model, pixels, expected = merged(MAKERS[family](), "prompt", "parts")
     torch.testing.assert_close(run_onnx(model, pixels, tmp_path / "parts.onnx"), expected, rtol=1e-4, atol=1e-4)
 
 

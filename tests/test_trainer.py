@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from small_models import MAKERS, side_of
 from transformers import Trainer, TrainingArguments
 
 from peft_talora import (
@@ -21,15 +22,18 @@ TASKS = {"semantic": TaskSpec("semantic", num_channels=3), "depth": TaskSpec("de
 class Rows(torch.utils.data.Dataset):
     """Images whose labels follow from their pixels; every second one has no depth."""
 
+    def __init__(self, side=32):
+        self.side = side
+
     def __len__(self):
         return 6
 
     def __getitem__(self, index):
-        pixels = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        pixels = torch.randn(3, self.side, self.side, generator=torch.Generator().manual_seed(index))
         brightness = pixels.mean(0)
         labels = {
             "semantic": torch.bucketize(brightness, torch.tensor([-0.3, 0.3])),
-            "depth": brightness[None].exp() if index % 2 else torch.zeros(1, 32, 32),
+            "depth": brightness[None].exp() if index % 2 else torch.zeros(1, self.side, self.side),
             "saliency": (brightness > 0).float()[None],
         }
         return {"pixel_values": pixels.double(), "labels": labels}
@@ -46,7 +50,7 @@ def tuned(sam, method):
     return get_peft_model(msam, configs[method], autocast_adapter_dtype=False)
 
 
-def make_trainer(model, directory, **changes):
+def make_trainer(model, directory, side=32, **changes):
     arguments = TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=2,
@@ -61,7 +65,7 @@ def make_trainer(model, directory, **changes):
         seed=0,
         **{"max_steps": 9, **changes},
     )
-    return Trainer(model, arguments, data_collator=collate, train_dataset=Rows(), eval_dataset=Rows())
+    return Trainer(model, arguments, data_collator=collate, train_dataset=Rows(side), eval_dataset=Rows(side))
 
 
 @pytest.mark.parametrize("method", ["talora", "convlora", "lora"])
@@ -80,6 +84,14 @@ def test_it_trains_and_evaluates(sam, tmp_path, method):
     assert after == pytest.approx((4 * losses[0] + 2 * losses[1]) / 6, rel=1e-4)
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize("family", [name for name in MAKERS if name != "sam"])
+def test_the_other_families(family, tmp_path):
+    trainer = make_trainer(tuned(MAKERS[family](), "talora"), tmp_path, side_of(family))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.95 * before
 
 
 def test_what_it_saves_loads(sam, tmp_path):

@@ -6,13 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_models import (
+    MAKERS,
     label_maps,
-    make_sam,
-    make_sam2,
     make_sam3_tracker,
-    make_sam_hq,
     move_saved_modules,
     sam3_vision_config,
+    side_of,
     train,
 )
 from torch import nn
@@ -34,7 +33,6 @@ from peft_talora.msam.decoder import token_decoder_state
 from peft_talora.msam.families import FAMILIES, Family
 
 TASKS = {"semantic": TaskSpec("semantic", num_channels=3), "depth": TaskSpec("depth"), "normals": TaskSpec("normals")}
-MAKERS = {"sam": make_sam, "sam_hq": make_sam_hq, "sam2": make_sam2, "sam3_tracker": make_sam3_tracker}
 # an image size of the family that is not its base's
 OTHER_SIZE = {"sam": 48, "sam_hq": 48, "sam2": 96, "sam3_tracker": 48}
 HIGH_RESOLUTION = ["sam2", "sam3_tracker"]
@@ -46,7 +44,7 @@ def make(family, dtype=torch.float64):
 
 
 def images(family, batch=2, size=None, dtype=torch.float64):
-    size = size or (64 if family == "sam2" else 32)
+    size = size or side_of(family)
     return torch.randn(batch, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
