@@ -26,9 +26,19 @@ def test_the_demo_without_gradio(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.parametrize(
-    "script", ["compare.py", "demo.py", "predict.py", "real_data.py", "scenes.py", "train_multitask.py"]
-)
+SCRIPTS = [
+    "benchmark.py",
+    "compare.py",
+    "demo.py",
+    "predict.py",
+    "real_data.py",
+    "scenes.py",
+    "tiny_sam/pretrain.py",
+    "train_multitask.py",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("package", ["datasets", "matplotlib"])
 def test_without_what_all_scripts_need(script, package, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "extras", raising=False)
