@@ -20,6 +20,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import extras  # noqa: F401
+
+# isort: split
 import torch
 from benchmarks.attention import attention
 from benchmarks.convlora import layers, steps

@@ -21,84 +21,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import extras  # noqa: F401
+from comparison.options import FEW_IMAGES, FEW_METHODS, SCENES, parse_args, split_common
 
-# isort: split
-import torch
+if __name__ == "__main__":
+    # what is wrong with them is said before the imports below, which take seconds
+    parse_args(None, __doc__.splitlines()[0])
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bases import BASES, DEFAULT, base_path
+from bases import base_path
 from comparison.jobs import Job, run_if_missing
-from comparison.plan import BASELINE, METHODS, ROWS, Amount, Entry, Plan, check_common, matching_ranks, split_common
+from comparison.methods import BASELINE, METHODS, Entry
+from comparison.plan import Amount, Plan, matching_ranks
 from comparison.rates import tune
 from comparison.report import draw, markdown
 from comparison.results import Result, read_result
 from training.data import load_data
-from training.options import OneLineParser, count, whole
 from training.stopping import run_script
 
 from peft_talora.saving.directory import written_aside
-
-FEW_IMAGES = (16, 64, 256)
-# where few labels are compared: those between which somebody with few labels would choose
-FEW_METHODS = ("lora", "lora_per_task", "talora")
-# five seeds for the table, three for what goes beyond it
-SEEDS, FEW_SEEDS = 5, 3
-# of rendered scenes; of any other dataset all that it has
-SCENES = 512
-
-
-def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and those that go to the training script as they are."""
-    parser = OneLineParser(
-        prog="compare.py",
-        description=__doc__.splitlines()[0],
-        epilog="Other options go to train_multitask.py: --steps 400 --dataset folder:rooms",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--methods", nargs="+", type=Entry.parse, default=[Entry(name) for name in ROWS],
-        help=f"rows of the table: {' '.join(METHODS)}, or with a rank of their own: talora:8 (default: the first {len(ROWS)})")  # fmt: skip
-    add(
-        "--seeds",
-        nargs="+",
-        type=whole(0),
-        default=list(range(SEEDS)),
-        help=f"every number is a mean over these (default: {' '.join(map(str, range(SEEDS)))})",
-    )
-    add("--num-train", "--max-train-images", type=count, metavar="N", help=f"images of the table (default: {SCENES} scenes, or "
-        "all that another dataset has)")  # fmt: skip
-    add("--few-labels", action="store_true", help=f"also {FEW_IMAGES} images, as far as there are more, and images labelled for "
-        "one task each")  # fmt: skip
-    add("--few-seeds", nargs="+", type=whole(0), help=f"seeds of --few-labels (default: the first {FEW_SEEDS} of the "
-        "table)")  # fmt: skip
-    add("--rate-seeds", nargs="+", type=whole(0), help="seeds with which learning rates are chosen, at least two (default: the first "
-        "two of the table)")  # fmt: skip
-    add("--noise", type=count, metavar="THREADS", help="repeat decoders only and TA-LoRA (else the last method) with another number "
-        "of CPU threads, to see what that changes")  # fmt: skip
-    add("--tasks", nargs="+", help="the tasks (default: those of the dataset, for scenes semantic depth normals)")
-    add("--base", default=DEFAULT, help=f"the SAM: {', '.join(BASES)}, a path, or a Hub id such as facebook/sam-vit-base (default: "
-        "%(default)s)")  # fmt: skip
-    add("--rank", type=count, default=32, help="rank of TA-LoRA; the LoRAs' follows from it (default: %(default)s)")
-    add("--no-tuning", action="store_true", help="take the methods' default learning rates")
-    add("--jobs", type=count, default=1, help="runs at once (default: %(default)s)")
-    add("--num-threads", type=count, help="CPU threads of a run (default: the training script's)")
-    add(
-        "--output-dir", type=Path, default=Path("runs/comparison"), help="where everything goes (default: %(default)s)"
-    )
-    add("--report", action="store_true", help="run nothing: tables and plot of what is finished")
-    args, common = parser.parse_known_args(argv)
-    if Entry(BASELINE) not in args.methods:
-        args.methods.insert(0, Entry(BASELINE))
-    args.few_seeds = args.few_seeds or args.seeds[:FEW_SEEDS]
-    args.rate_seeds = (
-        args.rate_seeds or (args.seeds if len(args.seeds) > 1 else [args.seeds[0], args.seeds[0] + 1])[:2]
-    )
-    if len(set(args.rate_seeds)) < 2 and not args.no_tuning:
-        parser.error("--rate-seeds: one seed says nothing of the noise, give at least two, or --no-tuning")
-    if args.noise is not None and args.noise == (args.num_threads or torch.get_num_threads()):
-        parser.error(f"--noise {args.noise} is the number of threads that all runs have: give another one")
-    args.training = check_common(common)
-    return args, common
 
 
 def look_at_data(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
@@ -158,7 +98,7 @@ def write(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare what the arguments say: 1 where a run failed, else 0."""
-    args, rest = parse_args(argv)
+    args, rest = parse_args(argv, __doc__.splitlines()[0])
     tasks, images = look_at_data(args)
     base = base_path(args.base)
     common, special = split_common(("--base", base, *rest), args.training)

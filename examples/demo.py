@@ -46,12 +46,11 @@ from picture_files import read_picture
 from predict import (
     Unusable,
     adapter_folder,
-    add_model_arguments,
-    check_model_arguments,
     load_model,
     save_picture,
 )
 from prediction import VIEW_SIDE, make_picture, predict, shrink_image
+from prediction_options import add_model_arguments, check_model_arguments
 
 KEPT_RESULTS = 8
 QUEUE = 32  # runs that wait; whoever comes then is told to try again

@@ -1,6 +1,7 @@
-"""Ends a script that lacks a package of its own with one line: imported first, before anything that takes long."""
+"""What every script does first, before anything that takes long: it ends with one line where a package of its own is missing."""
 
 import sys
+import warnings
 from importlib.util import find_spec
 
 PACKAGES = ("accelerate", "datasets", "matplotlib", "peft_talora", "scipy", "trimesh")
@@ -11,3 +12,6 @@ if missing:
         f"error: not installed: {', '.join(missing)}; the scripts need pip install -e '.[examples]'", file=sys.stderr
     )
     sys.exit(2)
+
+# PEFT asks a model for this attribute whenever it wraps one (PeftModel.__init__), and nobody who runs a script can change that
+warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -4,8 +4,8 @@
 
 Every picture gets a folder: for each task a coloured map and the numbers at the picture's own resolution, an overlay (of
 at most 2048 pixels), and an overview with legends. A contact sheet shows all pictures. Files that are not its own are never
-overwritten without --overwrite. Read from top to bottom: arguments, models, predictions, drawing, the loop. Exit code: 0, 1
-where pictures were skipped, 2 where nothing was done.
+overwritten without --overwrite. Read from top to bottom: models, predictions, drawing, the loop. Exit code: 0, 1 where
+pictures were skipped, 2 where nothing was done.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import extras  # noqa: F401
+from prediction_options import parse_args
 
-# isort: split
+if __name__ == "__main__":
+    # what is wrong with them is said before the imports below, which take seconds
+    parse_args()
+
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
@@ -32,7 +36,6 @@ from peft_talora.saving.adapter import SavedAdapter
 from peft_talora.saving.directory import written_aside
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bases import BASES, base_path
 from contact_sheet import save_sheet
 from picture_files import OutputFiles, find_pictures, read_picture, refuse_foreign, save_numbers, save_png
 from prediction import Maps, Picture, make_picture, one_thread, predict, shrink_image, shrink_map
@@ -46,69 +49,6 @@ MASK_COLOR = np.array([255.0, 120.0, 0.0])  # what an overlay paints a mask with
 
 class Unusable(Exception):
     """What was asked for cannot be done at all; the message is for the user."""
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="folders are searched, with all below")
-    add_model_arguments(parser)
-    add("--output-dir", type=Path, default=Path("predictions"), help="with several adapters a folder for each in it")
-    add("--tasks", nargs="+", help="default: all that the adapter has")
-    add("--batch-size", type=int, default=4)
-    add("--sheet-rows", type=int, default=64, help="pictures on the contact sheet at most, the first ones")
-    add("--tile", action="store_true", help="predict tile by tile, each as large as the model's input, at the picture's own "
-        "resolution: for aerial images and micrographs, not for scenes that have to be seen as a whole")  # fmt: skip
-    add("--tile-side", type=int, help="side of a tile in pixels of the picture; default: the model's input")
-    add("--overwrite", action="store_true", help="replace files in the output that no earlier prediction wrote, too")
-    args = parser.parse_args(argv)
-    if args.tile_side is not None and not args.tile:
-        parser.error("--tile-side means something with --tile alone")
-    for name in ("batch_size", "sheet_rows", "tile_side"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.output_dir.is_file():
-        parser.error(f"--output-dir: {args.output_dir} is a file")
-    check_model_arguments(parser, args)
-    return args
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--adapter", action="append", metavar="[NAME=]PATH",
-        help="a folder that training wrote, or a Hub id; repeat it for several adapters, each with its own tasks; "
-        "default: runs/multitask")  # fmt: skip
-    add("--base", help=f"the SAM: {', '.join(BASES)}, a path or a Hub id; default: the one the adapter was trained on")
-    add("--max-megapixels", type=float, default=64, help="a picture with more pixels is not read; default: 64")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Make `args.device` a device that is there, and `args.adapters` a {name: path or Hub id}."""
-    try:
-        args.device = torch.device(args.device)
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device: {error}")
-    args.base = args.base and base_path(args.base)
-    if not args.max_megapixels > 0:
-        parser.error(f"--max-megapixels must be above 0, got {args.max_megapixels}")
-    args.adapters = name_adapters(parser, args.adapter or ["runs/multitask"])
-
-
-def name_adapters(parser: argparse.ArgumentParser, given: list[str]) -> dict[str, str]:
-    """{name: path or Hub id}. One adapter without a name gets the name "": its output needs no folder of its own."""
-    adapters: dict[str, str] = {}
-    for value in given:
-        name, equals, path = value.partition("=")
-        if not equals or Path(value).exists():
-            name, path = Path(value).resolve().name if len(given) > 1 else "", value
-        elif not name or not path or Path(name).name != name:
-            parser.error(f"--adapter: expected PATH or NAME=PATH with a name that can be a folder's, got {value!r}")
-        if name in adapters:
-            parser.error(f"--adapter: {adapters[name]} and {path} are both called {name!r}: write NAME={path}")
-        adapters[name] = path
-    return adapters
 
 
 # --- Models ---------------------------------------------------------------------------------------------------------

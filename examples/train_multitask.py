@@ -21,8 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import extras  # noqa: F401
+from training import options
 
-# isort: split
+if __name__ == "__main__":
+    # what is wrong with them is said before the imports below, which take seconds
+    options.parse_args(None, __doc__.splitlines()[0])
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -42,7 +46,7 @@ from peft_talora.msam.loading import image_size_of, load_sam
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pictures import draw_predictions
-from training import folder, options, results, tracking
+from training import folder, results, tracking
 from training.adapter import adapted_layers, adapter_data, load_adapter
 from training.best import BestAdapter, find_metric
 from training.check import check_data

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import peft_talora as pt
 
 from .jobs import Job
-from .plan import BASELINE, METHODS, Amount, Entry, Plan
+from .methods import BASELINE, METHODS, Entry
+from .plan import Amount, Plan
 from .results import mean_and_spread, read_result
 
 Gains = Mapping[float, Mapping[int, float]]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from peft_talora.metrics import HIGHER_IS_BETTER
 
-from .plan import BASELINE, METHODS, RATE_FACTORS, Amount, Entry
+from .methods import BASELINE, METHODS, RATE_FACTORS, Entry
+from .plan import Amount
 from .results import Noise, Result, interval, mean_and_spread, noise_of, of, paired_differences
 
 # how many decimals tell methods apart

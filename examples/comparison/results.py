@@ -12,7 +12,8 @@ from scipy import stats
 
 import peft_talora as pt
 
-from .plan import BASELINE, Amount, Entry, Plan
+from .methods import BASELINE, Entry
+from .plan import Amount, Plan
 
 
 @dataclass(frozen=True)

@@ -25,20 +25,22 @@ from pathlib import Path
 # Threads that spin while they wait lose most of their time on a machine that has other work to do.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import extras  # noqa: F401
+
+# isort: split
 import torch
+from pretraining.card import export, model_card
+from pretraining.evaluation import evaluate
+from pretraining.model import BASES, build_model
+from pretraining.objective import training_loss
+from pretraining.rooms import load_arrays
+from scenes import default_cache_dir
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from pretraining.card import export, model_card  # noqa: E402
-from pretraining.evaluation import evaluate  # noqa: E402
-from pretraining.model import BASES, build_model  # noqa: E402
-from pretraining.objective import training_loss  # noqa: E402
-from pretraining.rooms import load_arrays  # noqa: E402
-from scenes import default_cache_dir  # noqa: E402
-
 # in the names of the encoder's and the decoder's layers
 BLOCKS = ("layers", "blocks", "transformer")
 # options that a card names where they were not the defaults

@@ -53,9 +53,18 @@ def load_adapter(args: argparse.Namespace):
 def adapter_data(args: argparse.Namespace, model, load: Callable[..., Data]) -> Data:
     """Data for an adapter that exists: its tasks, and labels that fit them."""
     specs = model.get_base_model().task_specs
-    data = load(args, args.image_size, list(specs))
-    if list(data.tasks) != list(specs):
-        raise ValueError(f"--tasks: {args.init_from} is an adapter for {list(specs)}, got {list(data.tasks)}")
+    cure = "for other tasks train without --init-from; peft_talora.add_task adds a new one to an adapter, in Python"
+    if args.tasks is not None and args.tasks != list(specs):
+        raise ValueError(
+            f"--tasks: {args.init_from} is an adapter for {list(specs)}, got {args.tasks}: leave --tasks out, or say "
+            f"--tasks {' '.join(specs)}; {cure}"
+        )
+    try:
+        data = load(args, args.image_size, list(specs))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; {args.init_from} is an adapter for {list(specs)} and needs labels of all of them: {cure}"
+        ) from error
     for name, spec in data.tasks.items():
         if spec.kind != specs[name].kind or spec.num_channels > specs[name].num_channels:
             raise ValueError(

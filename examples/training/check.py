@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from peft_talora.data import DataReport, check_dataset, save_check_sheet
+from peft_talora.kinds import doubts
 
 from . import folder
 from .data import Data
@@ -32,7 +33,13 @@ def check_data(args: argparse.Namespace, data: Data) -> Data:
         print(report)
     if args.check:
         stop(args, kept, report)
-    report.raise_errors()
+    if report.findings.errors:
+        skip = "" if args.skip_bad_files else "; --skip-bad-files leaves out rows that cannot be read"
+        raise ValueError(f"the data cannot be used as it is: the lines above that begin with ERROR say why{skip}")
+    # training reads the same labels again
+    doubts.tell_no_more(
+        subject for split in report.splits.values() for row in split.doubts.values() for subject, _ in row
+    )
     return replace(data, **kept)
 
 

@@ -111,11 +111,13 @@ def refuse_foreign(directory: Path) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Hold the directory for this process; the system lets go of it when the process ends, however that happens.
 
+    It is made if it is not there, and removed again if nothing was written into it, as where a run was refused.
+
     Raises:
         BlockingIOError: Another process holds it.
     """
+    is_new, path = not directory.exists(), directory / LOCK
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / LOCK
     with path.open("a+") as lock:
         if not _lock(lock):
             lock.seek(0)
@@ -126,8 +128,12 @@ def locked(directory: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        # the file stays: removed, it could be held by one process and made anew by another
-        yield
+        # the file stays where a run may begin again: removed, it could be held by one process and made anew by another
+        try:
+            yield
+        finally:
+            if is_new and os.listdir(directory) == [LOCK]:
+                remove(directory)
 
 
 def _lock(file: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _collector: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("collector", default=None)
 
@@ -45,6 +45,11 @@ def collected() -> Iterator[list[tuple[str, str]]]:
         yield doubts
     finally:
         _collector.reset(token)
+
+
+def tell_no_more(subjects: Iterable[str]) -> None:
+    """Warn of these no more: somebody was told of them in another way."""
+    _told.update(subjects)
 
 
 def forget() -> None:

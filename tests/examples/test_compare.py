@@ -7,7 +7,8 @@ import shutil
 import compare as script
 import pytest
 from comparison.jobs import Job, run_if_missing
-from comparison.plan import RATE_FACTORS, ROWS, Amount, Entry, Plan
+from comparison.methods import RATE_FACTORS, ROWS, Entry
+from comparison.plan import Amount, Plan
 from comparison.report import set_parameter_axis
 from comparison.results import paired_differences, read_result
 
@@ -82,23 +83,6 @@ class TestUsersData:
             self.look("--dataset", data_folder, "--few-labels")
         with pytest.raises(ValueError, match=r"--num-train 7: .* has 6 images"):
             self.look("--dataset", data_folder, "--num-train", "7")
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--rate-seeds", "1", "1"], "--rate-seeds: one seed says nothing of the noise"),
-            (["--noise", "2", "--num-threads", "2"], "--noise 2 is the number of threads that all runs have"),
-        ],
-    )
-    def test_what_would_say_nothing(self, arguments, message, capsys):
-        with pytest.raises(SystemExit):
-            script.parse_args(arguments)
-        assert message in capsys.readouterr().err
-
-    def test_seeds(self):
-        args, _ = script.parse_args([])
-        assert (args.seeds, args.few_seeds, args.rate_seeds) == ([0, 1, 2, 3, 4], [0, 1, 2], [0, 1])
-        assert script.parse_args(["--seeds", "7"])[0].rate_seeds == [7, 8]
 
     def test_amounts_that_there_are(self):
         args, _ = script.parse_args(["--few-labels", "--methods", "lora", "--seeds", "0"])

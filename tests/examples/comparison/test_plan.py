@@ -1,10 +1,11 @@
 """Which runs a comparison makes."""
 
-import compare as script
 import pytest
 import training.options
 from comparison import one_run
-from comparison.plan import METHODS, Amount, Entry, Plan, count_parameters, matching_ranks, split_common
+from comparison.methods import METHODS, Entry
+from comparison.options import parse_args, split_common
+from comparison.plan import Amount, Plan, count_parameters, matching_ranks
 from small_models import make_sam2
 
 import peft_talora as pt
@@ -92,50 +93,9 @@ class TestPlan:
         assert count_parameters(sam, METHODS["talora_last_half"], tasks, 4) == wide
         assert set(ranks) == METHODS.keys() - {"decoder", "full"} and ranks["convlora_equal"] > 1
 
-    @pytest.mark.parametrize("text", ["magic", "talora:0", "talora:x", "talora:"])
-    def test_impossible_methods(self, text, capsys):
-        with pytest.raises(SystemExit):
-            script.parse_args(["--methods", text])
-        assert text.partition(":")[0] in capsys.readouterr().err
-
-    @pytest.mark.parametrize(
-        ("arguments", "name"),
-        [
-            (["--seed", "7"], "--seed"),
-            (["--seed=7"], "--seed"),
-            (["--see", "7"], "--seed"),
-            (["--method=lora"], "--method"),
-            (["--meth", "lora"], "--method"),
-            (["--evaluate-on=validation"], "--evaluate-on"),
-            (["--evaluate", "validation"], "--evaluate-on"),
-            (["--one-task-each", "depth"], "--one-task-each"),
-            (["--lr=0.1"], "--lr"),
-            (["--targets", "all"], "--targets"),
-            (["--layers", "last-half"], "--layers"),
-            (["--decoder-l", "0.1"], "--decoder-lr"),
-            (["--steps", "3", "--output-d", "x", "--resume", "latest"], "--resume"),
-            (["--num-tr", "3"], "--max-train-images"),
-        ],
-    )
-    def test_what_is_varied_cannot_be_given(self, arguments, name, capsys):
-        with pytest.raises(SystemExit) as error:
-            script.parse_args(arguments)
-        message = capsys.readouterr().err
-        assert error.value.code == 2 and message.count("\n") == 1
-        assert f"{name} is what this script varies or decides" in message
-
-    @pytest.mark.parametrize(
-        "arguments", [["--stepz", "3"], ["--steps", "no"], ["--camera", "photo", "--dataset", "x"]]
-    )
-    def test_mistakes_in_options_of_the_training_script_are_told_before_a_run(self, arguments, capsys):
-        with pytest.raises(SystemExit) as error:
-            script.parse_args(arguments)
-        message = capsys.readouterr().err
-        assert error.value.code == 2 and message.count("\n") == 1 and message.startswith("compare.py: error: ")
-
     @pytest.mark.parametrize("start", [["--init-weights", "lora"], ["--init-weights=lora"], ["--init-w", "lora"]])
     def test_what_only_one_method_takes_goes_to_its_runs(self, tmp_path, start):
-        args, rest = script.parse_args([*start, "--steps", "7"])
+        args, rest = parse_args([*start, "--steps", "7"])
         common, special = split_common(rest, args.training)
         assert common == ("--steps", "7")
         plan = Plan(tmp_path, TASKS, {}, common, 7, special)

@@ -5,7 +5,8 @@ import statistics
 
 import numpy as np
 import pytest
-from comparison.plan import Amount, Entry
+from comparison.methods import Entry
+from comparison.plan import Amount
 from comparison.report import difference
 from comparison.results import Result, half_width, interval, mean_and_spread, noise_of
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import train_multitask as script
 from safetensors.torch import load_file
+from small_folders import write_folder
 from training.options import METHODS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]
@@ -72,10 +73,17 @@ def test_evaluates_an_adapter_and_trains_nothing(base, run, options, arguments, 
 def test_what_does_not_fit_the_adapter(run, options, arguments, tmp_path):
     run(tmp_path / "first", *options, "--tasks", "semantic", "depth")
     for tasks in (["depth", "semantic"], ["depth"], ["semantic", "depth", "normals"]):
-        with pytest.raises(ValueError, match=r"--tasks: .*first is an adapter for \['semantic', 'depth'\], got \["):
+        expected = r"--tasks: .*first is an adapter for \['semantic', 'depth'\], got \[.*say --tasks semantic depth; .*add_task"
+        with pytest.raises(ValueError, match=expected):
             script.main(arguments(tmp_path / "x", *options, "--init-from", str(tmp_path / "first"), "--tasks", *tasks))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         script.main(arguments(tmp_path / "x", *options, "--init-from", str(tmp_path / "nowhere")))
+    other = write_folder(tmp_path / "data", {"mask": {"kind": "binary", "files": "labels"}}, splits={"test": ["0"]})
+    expected = (
+        r"unknown task 'semantic'.* has \['mask'\]; .*first is an adapter for \['semantic', 'depth'\] and .*add_task"
+    )
+    with pytest.raises(ValueError, match=expected):
+        script.main(arguments(tmp_path / "x", "--dataset", f"folder:{other}", "--init-from", str(tmp_path / "first")))
 
 
 def test_the_best_adapter_is_kept_and_training_stops(run, options, tmp_path, monkeypatch):

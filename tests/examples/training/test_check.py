@@ -1,12 +1,16 @@
 """The look at the data before the first step."""
 
 import json
+import re
+import warnings
 
 import numpy as np
 import pytest
 import train_multitask as script
 from PIL import Image
 from small_folders import write_folder
+
+from peft_talora.kinds import doubts
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -44,12 +48,29 @@ def test_check_stops_before_training(options, tmp_path, capsys):
 
 def test_a_bad_file_is_told_before_the_first_step(options, folder, tmp_path, capsys):
     spoil(folder)
-    with pytest.raises(ValueError, match=r"(?s)train: 1 of 4 rows cannot be read.*labels/3\.png.*class id 7"):
+    with pytest.raises(ValueError, match=r"begin with ERROR say why; --skip-bad-files leaves out rows") as error:
         script.main(options)
-    assert not (tmp_path / "run/checkpoints").exists()
+    told = capsys.readouterr().out
+    assert re.search(r"(?s)ERROR: train: 1 of 4 rows cannot be read.*labels/3\.png.*class id 7", told)
+    # once is enough
+    assert "3.png" not in str(error.value)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit) as end:
         script.main([*options, "--check"])
     assert end.value.code == 1
+
+
+def test_what_the_report_doubts_is_not_warned_of_again(base, tmp_path, capsys):
+    tasks = {"semantic": {"files": "labels", "num_classes": 2, "ignore": 255}}
+    data = write_folder(tmp_path / "white", tasks, 6, lambda mask: 255 * mask, splits={"test": ["0"]})
+    doubts.forget()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        script.main(
+            ["--base", base, "--dataset", f"folder:{data}", "--steps", "1", "--output-dir", str(tmp_path / "run")]
+        )
+    assert capsys.readouterr().out.count("it holds 0 and 255 alone") == 2  # train and test
+    assert not [warning for warning in warned if "0 and 255" in str(warning.message)]
 
 
 def test_bad_files_are_left_out_when_asked(options, folder, tmp_path, capsys):

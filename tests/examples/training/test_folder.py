@@ -63,6 +63,16 @@ class TestForeignFolders:
             pass
         assert tree(tmp_path / "foreign") == {"README.md": "mine"}
 
+    def test_a_refused_run_leaves_no_folder_of_its_own(self, tmp_path):
+        (tmp_path / "users").mkdir()
+        for name in ("new", "users", "begun"):
+            with pytest.raises(ValueError), folder.claimed(tmp_path / name, overwrite=False, resume=None):
+                if name == "begun":
+                    folder.mark(tmp_path / name, {})
+                raise ValueError("no such task")
+        assert not (tmp_path / "new").exists() and (tmp_path / "users").is_dir()
+        assert folder.read_marker(tmp_path / "begun") is not None
+
     def test_checkpoints_to_go_on_from_say_whose_it_is(self, tmp_path):
         write(tmp_path, **{"checkpoints__step-2__checkpoint.json": "{}"})
         with folder.claimed(tmp_path, overwrite=False, resume="latest"):

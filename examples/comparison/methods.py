@@ -1,0 +1,100 @@
+"""The methods that are compared, and how a command line names them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from training.options import ADAPTER_LR, RANK, parse_args
+
+# what the training script does unless it is told otherwise
+DEFAULTS = parse_args([])
+# the learning rates that are tried, of every method: its default times these
+RATE_FACTORS = (0.4, 1.0, 2.5)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        label: What it is called there.
+        method: `--method` of the training script.
+        rate_options: The options that get the learning rate that is chosen for it.
+        per_task: A model for each task instead of one for all.
+        targets: `--targets` of it.
+        layers: `--layers` of it.
+        published_rank: It has the rank that it was published with, and not as many parameters as the others.
+    """
+
+    label: str
+    method: str
+    rate_options: tuple[str, ...] = ("--lr",)
+    per_task: bool = False
+    targets: str = "qkv"
+    layers: str = "all"
+    published_rank: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options of the training script that say what the method is."""
+        where = ("--targets", self.targets, "--layers", self.layers) if self.method in RANK else ()
+        return ("--method", self.method, *where)
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates that are tried."""
+        default = DEFAULTS.decoder_lr if self.method == "decoder" else ADAPTER_LR[self.method]
+        return [float(f"{factor * default:.2g}") for factor in RATE_FACTORS]
+
+    @property
+    def default_rate(self) -> float:
+        return self.rates[RATE_FACTORS.index(1.0)]
+
+
+BASELINE = "decoder"
+METHODS = {
+    BASELINE: Method("decoders only", "decoder", ("--decoder-lr",)),
+    "lora": Method("PEFT LoRA, shared by the tasks", "lora"),
+    "lora_per_task": Method("PEFT LoRA, one per task", "lora", per_task=True),
+    "talora": Method("TA-LoRA", "talora"),
+    "convlora": Method(f"Conv-LoRA, r={RANK['convlora']}", "convlora", published_rank=True),
+    # it trains the encoder's norms with the rest
+    "full": Method("everything", "full", ("--lr", "--norm-lr")),
+    "convlora_equal": Method("Conv-LoRA", "convlora"),
+    "talora_last_half": Method("TA-LoRA, last half of the layers", "talora", layers="last-half"),
+    "lora_all": Method("PEFT LoRA, shared, all linear layers", "lora", targets="all"),
+    "lora_per_task_all": Method("PEFT LoRA, one per task, all linear layers", "lora", per_task=True, targets="all"),
+    "talora_all": Method("TA-LoRA, all linear layers", "talora", targets="all"),
+    "convlora_all": Method("Conv-LoRA, all linear layers", "convlora", targets="all"),
+}
+# the rows without --methods
+ROWS = ("decoder", "lora", "lora_per_task", "talora", "convlora", "full")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as `--methods` names it: "talora", or "talora:8" with a rank of its own."""
+
+    name: str
+    rank: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        name, colon, rank = text.partition(":")
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"unknown method {name!r}, expected one of {list(METHODS)}")
+        if colon and not (rank.isdecimal() and int(rank) > 0):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected METHOD or METHOD:RANK with a rank of at least 1")
+        return cls(name, int(rank) if colon else None)
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.name]
+
+    @property
+    def label(self) -> str:
+        return self.method.label + ("" if self.rank is None else f", r={self.rank}")
+
+    def __str__(self) -> str:
+        return self.name if self.rank is None else f"{self.name}-{self.rank}"
