@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import extras  # noqa: F401
@@ -79,37 +81,36 @@ def repetitions(args: argparse.Namespace, images: int) -> list[tuple[Entry, Amou
     return [(one, Amount(images), seed) for seed in args.seeds for one in dict.fromkeys((Entry(BASELINE), entry))]
 
 
-def write(
-    output_dir: Path, settings: dict, results: list[Result], rates: dict, tuned: list[dict], repeated: list[Result]
-) -> None:
+@dataclass(frozen=True)
+class Compared:
+    """What the finished runs say."""
+
+    rates: dict[str, float]
+    tuned: list[dict]
+    results: list[Result]
+    repeated: list[Result]
+
+
+def write(output_dir: Path, settings: dict, compared: Compared) -> None:
+    results, repeated = compared.results, compared.repeated
     content = {
         "settings": settings,
-        "rates": rates,
-        "tuning": tuned,
+        "rates": compared.rates,
+        "tuning": compared.tuned,
         "results": [result.to_dict() for result in results],
         "repeated": [result.to_dict() for result in repeated],
     }
     with written_aside(output_dir) as aside:
         (aside / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
-        (aside / "comparison.md").write_text(markdown(results, rates, tuned, repeated))
+        (aside / "comparison.md").write_text(markdown(results, compared.rates, compared.tuned, repeated))
         if results:
             draw(results, aside / "comparison.png")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare what the arguments say: 1 where a run failed, else 0."""
-    args, rest = parse_args(argv, __doc__.splitlines()[0])
-    tasks, images = look_at_data(args)
-    base = base_path(args.base)
-    common, special = split_common(("--base", base, *rest), args.training)
-    names = list(dict.fromkeys([BASELINE, *(entry.name for entry in args.methods)]))
-    ranks = matching_ranks(base, args.rank, tasks, names)
-    plan = Plan(args.output_dir, tasks, ranks, common, args.training.steps, special)
-    failures: list[str] = []
-
-    def run(what: str, jobs: list[Job]) -> None:
-        if not args.report:
-            failures.extend(run_if_missing(what, jobs, args.jobs, args.num_threads))
+def compare(
+    args: argparse.Namespace, plan: Plan, names: Sequence[str], images: int, run: Callable[[str, list[Job]], None]
+) -> Compared:
+    """Have `run` make what is missing, the learning rates first, and read it; a `run` that makes nothing sees all runs, too."""
 
     def results_of(what: str, wanted: list[tuple[Entry, Amount, int]], threads: int | None = None) -> list[Result]:
         run(what, [job for entry, *cell in wanted for job in plan.jobs(entry, rates, *cell, threads=threads).values()])
@@ -119,10 +120,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates, tuned = {name: METHODS[name].default_rate for name in names}, []
     if not args.no_tuning:
         rates, tuned = tune(plan, names, Amount(images), args.rate_seeds, run)
-    wanted = cells(args, images)
-    results = results_of("comparison", wanted)
+    results = results_of("comparison", cells(args, images))
     again = results_of("another number of threads", repetitions(args, images), args.noise)
-    repeated = [result for result in again if result.entry != Entry(BASELINE)]
+    return Compared(rates, tuned, results, [result for result in again if result.entry != Entry(BASELINE)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare what the arguments say: 1 where a run failed, else 0."""
+    args, rest = parse_args(argv, __doc__.splitlines()[0])
+    given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--report"]
+    missing = f"this makes what is missing: {shlex.join(['python', 'examples/compare.py', *given])}"
+    if args.report and not any(args.output_dir.glob("runs/**/metrics.json")):
+        raise ValueError(f"--report: {args.output_dir} has no finished run; {missing}")
+    tasks, images = look_at_data(args)
+    base = base_path(args.base)
+    common, special = split_common(("--base", base, *rest), args.training)
+    names = list(dict.fromkeys([BASELINE, *(entry.name for entry in args.methods)]))
+    ranks = matching_ranks(base, args.rank, tasks, names)
+    plan = Plan(args.output_dir, tasks, ranks, common, args.training.steps, special)
+    jobs: list[Job] = []
+    compared, failures = compare(args, plan, names, images, lambda _, some: jobs.extend(some)), []
+    if not args.report:
+        print(ahead(args, set(jobs)), flush=True)
+        compared = compare(args, plan, names, images, lambda what, some: failures.extend(
+            run_if_missing(what, some, args.jobs, args.num_threads)))  # fmt: skip
     settings = {
         "seeds": args.seeds,
         "tasks": tasks,
@@ -131,10 +152,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "num_train": images,
         "training": rest,
     }
-    write(args.output_dir, settings, results, rates, tuned, repeated)
+    write(args.output_dir, settings, compared)
     print((args.output_dir / "comparison.md").read_text())
-    print(f"{len(results)} of {len(wanted)} results are in {args.output_dir}: comparison.json, .md and .png")
+    done, wanted = len(compared.results), len(cells(args, images))
+    rest_of_it = "" if done == wanted else f"; {missing}"
+    print(f"{done} of {wanted} results are in {args.output_dir}: comparison.json, .md and .png{rest_of_it}")
     return min(len(failures), 1)
+
+
+def ahead(args: argparse.Namespace, jobs: Collection[Job]) -> str:
+    """What there is to do, in a line, before hours are spent on it; with the learning rates that are known so far."""
+    finished = sum(job.result() is not None for job in jobs)
+    seeds = f"seeds {' '.join(map(str, args.seeds))}"
+    if len(set(args.seeds)) == 1:
+        seeds = f"one seed, number {args.seeds[0]}: no intervals, --seeds 0 1 2 would be three seeds"
+    return f"{len(jobs)} runs, {finished} of them finished, in {args.output_dir}; {seeds}"
 
 
 if __name__ == "__main__":

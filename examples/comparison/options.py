@@ -48,15 +48,17 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> tupl
         nargs="+",
         type=whole(0),
         default=list(range(SEEDS)),
-        help=f"every number is a mean over these (default: {' '.join(map(str, range(SEEDS)))})",
+        metavar="NUMBER",
+        help="the seeds' numbers, not how many there are: 0 1 2 are three seeds, 2 is one. What the table says is a mean over "
+        f"them (default: {' '.join(map(str, range(SEEDS)))})",
     )
     add("--num-train", "--max-train-images", type=count, metavar="N", help=f"images of the table (default: {SCENES} scenes, or "
         "all that another dataset has)")  # fmt: skip
     add("--few-labels", action="store_true", help=f"also {FEW_IMAGES} images, as far as there are more, and images labelled for "
         "one task each")  # fmt: skip
-    add("--few-seeds", nargs="+", type=whole(0), help=f"seeds of --few-labels (default: the first {FEW_SEEDS} of the "
+    add("--few-seeds", nargs="+", type=whole(0), metavar="NUMBER", help=f"the seeds' numbers of --few-labels (default: the first {FEW_SEEDS} of the "
         "table)")  # fmt: skip
-    add("--rate-seeds", nargs="+", type=whole(0), help="seeds with which learning rates are chosen, at least two (default: the first "
+    add("--rate-seeds", nargs="+", type=whole(0), metavar="NUMBER", help="the numbers of the seeds with which learning rates are chosen, at least two (default: the first "
         "two of the table)")  # fmt: skip
     add("--noise", type=count, metavar="THREADS", help="repeat decoders only and TA-LoRA (else the last method) with another number "
         "of CPU threads, to see what that changes")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import compare as script
@@ -11,6 +12,7 @@ from comparison.methods import RATE_FACTORS, ROWS, Entry
 from comparison.plan import Amount, Plan
 from comparison.report import set_parameter_axis
 from comparison.results import paired_differences, read_result
+from training.stopping import run_script
 
 import peft_talora as pt
 
@@ -185,6 +187,42 @@ class TestComparison:
         number = len(fake_runs)
         assert script.main([*command, "--methods", "talora", "--no-tuning", "--report"]) == 0
         assert len(fake_runs) == number and {r["seed"] for r in read(tmp_path)["results"]} == {3}
+
+    def test_what_is_ahead_is_told_before_the_first_run(self, command, tmp_path, fake_runs, capsys):
+        # three rates of two methods for two seeds, and a result of each; then of a third method, too
+        for methods, runs, finished in ((["talora"], 16, 0), (["lora", "talora"], 24, 16)):
+            script.main([*command, "--methods", *methods])
+            first = capsys.readouterr().out.splitlines()[0]
+            assert first == f"{runs} runs, {finished} of them finished, in {tmp_path / 'out'}; seeds 3 4"
+            assert len(fake_runs) == runs
+
+    def test_one_seed_is_taken_for_what_it_is(self, command, tmp_path, capsys):
+        script.main([*command, "--methods", "talora", "--seeds", "2", "--no-tuning"])
+        assert capsys.readouterr().out.splitlines()[0] == (
+            f"2 runs, 0 of them finished, in {tmp_path / 'out'}; one seed, number 2: no intervals, --seeds 0 1 2 would be three "
+            "seeds"
+        )
+
+    def test_a_report_of_something_unfinished_says_what_makes_the_rest(self, command, tmp_path, capsys):
+        options = [*command, "--methods", "talora", "--no-tuning", "--steps", "80"]
+        script.main([*options, "--seeds", "3"])
+        assert capsys.readouterr().out.endswith("comparison.json, .md and .png\n")
+        script.main([*options, "--report"])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith(f"2 of 4 results are in {tmp_path / 'out'}: ")
+        assert last.endswith(
+            f"; this makes what is missing: {shlex.join(['python', 'examples/compare.py', *options])}"
+        )
+
+    @pytest.mark.parametrize("name", ["nowhere", "empty"])
+    def test_a_report_of_nothing(self, tmp_path, name, capsys):
+        (tmp_path / "empty").mkdir()
+        assert run_script(lambda: script.main(["--report", "--output-dir", str(tmp_path / name)])) == 2
+        assert capsys.readouterr().err == (
+            f"error: --report: {tmp_path / name} has no finished run; this makes what is missing: python examples/compare.py "
+            f"--output-dir {tmp_path / name}\n"
+        )
+        assert not list(tmp_path.rglob("comparison.*"))
 
     def test_a_folder_with_another_run_is_not_taken_for_this_one(self, command):
         script.main([*command, "--methods", "talora", "--no-tuning"])

@@ -13,6 +13,7 @@ from ...drawing import color_range, draw
 from ...kinds import TaskSpec, doubts
 from ..columns import IMAGE_COLUMN, task_column
 from ..rows import array_rows, column_names, place_of, read_row
+from .legend import legend
 from .report import DataReport
 
 SIDE, MARGIN, TITLE = 224, 6, 18
@@ -21,7 +22,7 @@ _COVER = 0.6
 
 
 def save_check_sheet(splits: Mapping[str, Any], report: DataReport, path: str | Path, rows_per_split: int = 4) -> Path:
-    """Draw the first rows of each split that have labels.
+    """Draw some rows of each split with their labels, and below them what the colours mean.
 
     Args:
         splits: What [`check_dataset`] gave.
@@ -32,27 +33,28 @@ def save_check_sheet(splits: Mapping[str, Any], report: DataReport, path: str | 
     Returns:
         The path.
     """
-    lines = []
+    shown = []
     for split, rows in splits.items():
         columns = [task_column(name) for name in report.tasks if task_column(name) in column_names(rows)]
         reader = array_rows(rows, [IMAGE_COLUMN, *columns])
-        examples = _examples(report, split, len(rows), rows_per_split)
         with doubts.collected():  # the report has them
-            shown = [read_row(reader[index], report.tasks) for index in examples]
-        places = [place_of(rows, index) for index in examples]
-        ranges = {
-            name: color_range(spec, [labels[name] for _, labels in shown], (0, 100))
-            for name, spec in report.tasks.items()
-        }
-        for place, (image, labels) in zip(places, shown, strict=True):
-            pictures = [
-                image,
-                *(_over(image, spec, labels[name], ranges[name]) for name, spec in report.tasks.items()),
-            ]
-            lines.append((f"{split}: {place}", pictures))
+            for index in _examples(report, split, len(rows), rows_per_split):
+                shown.append((f"{split}: {place_of(rows, index)}", *read_row(reader[index], report.tasks)))
+    # One colour scale for all rows, so that one legend can say what it means.
+    ranges = {
+        name: color_range(spec, [labels[name] for _, _, labels in shown], (0, 100)) if shown else None
+        for name, spec in report.tasks.items()
+    }
+    lines = [
+        (title, [image, *(_over(image, spec, labels[name], ranges[name]) for name, spec in report.tasks.items())])
+        for title, image, labels in shown
+    ]
+    legends = [
+        legend([split.tasks[name] for split in report.splits.values()], ranges[name], SIDE) for name in report.tasks
+    ]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _pasted(lines, ["image", *report.tasks]).save(path)
+    _pasted(lines, ["image", *report.tasks], [None, *legends]).save(path)
     return path
 
 
@@ -71,14 +73,17 @@ def _over(image: np.ndarray, spec: TaskSpec, label: Any, value_range: Any) -> np
     return np.where(labelled, drawn, image).round().astype(np.uint8)
 
 
-def _pasted(lines: list[tuple[str, list[np.ndarray]]], columns: list[str]) -> Image.Image:
+def _pasted(
+    lines: list[tuple[str, list[np.ndarray]]], columns: list[str], legends: list[Image.Image | None]
+) -> Image.Image:
     font, step = ImageFont.load_default(12), SIDE + MARGIN
     rows = [
         (title, [ImageOps.contain(Image.fromarray(each), (SIDE, SIDE)) for each in pictures])
         for title, pictures in lines
     ]
     heights = [TITLE + max(picture.height for picture in pictures) + MARGIN for _, pictures in rows]
-    sheet = Image.new("RGB", (MARGIN + step * len(columns), TITLE + sum(heights)), "white")
+    bottom = max((found.height + MARGIN for found in legends if found), default=0)
+    sheet = Image.new("RGB", (MARGIN + step * len(columns), TITLE + sum(heights) + bottom), "white")
     pen, top = ImageDraw.Draw(sheet), TITLE
     for column, name in enumerate(columns):
         pen.text((MARGIN + step * column, 2), name, "black", font)
@@ -87,4 +92,7 @@ def _pasted(lines: list[tuple[str, list[np.ndarray]]], columns: list[str]) -> Im
         for column, picture in enumerate(pictures):
             sheet.paste(picture, (MARGIN + step * column, top + TITLE))
         top += height
+    for column, found in enumerate(legends):
+        if found:
+            sheet.paste(found, (MARGIN + step * column, top))
     return sheet

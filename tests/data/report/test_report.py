@@ -11,6 +11,7 @@ from peft_talora import TaskSpec
 from peft_talora.data import check_dataset, detect_tasks, load_multitask_dataset, save_check_sheet
 from peft_talora.data.__main__ import main
 from peft_talora.data.report import reading
+from peft_talora.drawing import palette
 
 SIZE = (24, 32)
 NORMAL = np.broadcast_to(np.array([0.6, 0.0, -0.8], "float32"), (*SIZE, 3))
@@ -211,7 +212,11 @@ def test_the_sheet_shows_labels_over_pictures(tmp_path):
     path = save_check_sheet(splits, report, tmp_path / "new/check.png", rows_per_split=2)
     sheet = np.asarray(Image.open(path))
     # test 2, val 1, train 2 rows of 168 pixels below their titles, image and four tasks of 224 pixels
-    assert sheet.shape == (18 + 5 * (18 + 168 + 6), 6 + 5 * 230, 3)
+    # and a legend of three lines
+    bottom = 18 + 5 * (18 + 168 + 6)
+    assert sheet.shape == (bottom + 3 * 15 + 6, 6 + 5 * 230, 3)
+    assert (sheet[bottom + 7 : -6 : 15, 701] == palette(3)).all(), "the classes' colours, the most frequent first"
+    assert (sheet[bottom:, :230] == 255).all() and (sheet[bottom:, 236:460] != 255).any(), "depth has a scale"
     image, classes = (sheet[36:204, left : left + 224].astype(float) for left in (6, 236))
     assert np.abs(image - classes).mean() > 10, "labels are drawn over it"
 
