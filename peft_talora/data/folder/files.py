@@ -33,12 +33,13 @@ class FolderFiles:
 
 def find_files(folder: Path, description: FolderDescription) -> FolderFiles:
     """Find images and labels; ValueError where there are none, or where it is not clear which file is meant."""
-    candidates = {name: find(folder, pattern) for name, pattern in _patterns(description)}
+    tasks = description.tasks.items()
+    candidates = {(name, pattern): find(folder, pattern) for name, task in tasks for pattern in task.files}
     images = _without_labels(find(folder, description.images), candidates.values())
     if not images:
         raise ValueError(f"{description.source}: images: no image file fits {description.images!r} in {str(folder)!r}")
     found = FolderFiles(images, {})
-    for name, task in description.tasks.items():
+    for name, task in tasks:
         files: dict[str, Path] = {}
         for pattern in reversed(task.files):
             files.update(candidates[name, pattern])
@@ -113,10 +114,6 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Pat
             yield from _walk(folder / entry.name, (*above, here))
         elif entry.is_file():
             yield folder / entry.name
-
-
-def _patterns(description: FolderDescription) -> list[tuple[tuple[str, str], str]]:
-    return [((name, pattern), pattern) for name, task in description.tasks.items() for pattern in task.files]
 
 
 def _without_labels(images: dict[str, Path], labels: Iterable[Mapping[str, Path]]) -> dict[str, Path]:
