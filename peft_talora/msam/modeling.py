@@ -21,7 +21,7 @@ from ..saving.loading import load_saved
 from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
 from .decoder import decode, token_decoder_state
-from .encoder import embeddings_by_task, encode_mixed, encode_tasks, given_embeddings
+from .encoder import embeddings_by_task, encode_tasks, given_embeddings
 from .families import FAMILIES, Family, family_of_model
 from .frozen import TaskDecoders
 from .loading import check_plain, load_sam
@@ -263,7 +263,8 @@ class MSamForMultiTask(SamPreTrainedModel):
             image_index = {name: torch.nonzero(ids == t).flatten() for t, name in enumerate(self.task_specs)}
             check_all_labels(self.task_specs, labels, batch_size, image_index)
             if image_embeddings is None:
-                image_embeddings = encode_mixed(self, pixel_values, trunk_states, ids)
+                encoded = self.vision_encoder(pixel_values, trunk_states=trunk_states, branches=ids)
+                image_embeddings = self.family.features(self, encoded)
             embeddings = embeddings_by_task(image_embeddings, image_index)
 
         logits = {name: decode(self, name, embedding) for name, embedding in embeddings.items()}
