@@ -62,9 +62,9 @@ class SamHQFamily(SamFamily):
 
     def feature_shapes(self, vision_config: PreTrainedConfig) -> tuple[tuple[int, int, int], ...]:
         """The first global block's output, and the image embedding."""
-        own = super().feature_shapes(vision_config)
+        embedding = super().feature_shapes(vision_config)
         first_global = super().trunk_shape(vision_config)
-        return (first_global, *own) if first_global and vision_config.global_attn_indexes else own
+        return (first_global, *embedding) if first_global and vision_config.global_attn_indexes else embedding
 
     def trunk_shape(self, vision_config: PreTrainedConfig) -> None:
         """A tuple."""
