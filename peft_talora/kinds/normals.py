@@ -113,16 +113,12 @@ def normals_from_numbers(values: np.ndarray, numbers: Numbers, num_channels: int
         known = np.isfinite(length) & (length > 0)
     else:
         known = np.isfinite(length) & (length >= _SHORTEST_NORMAL) & (length <= _LONGEST_NORMAL)
-        _check_lengths(values, length, (low, high))
+        # most likely they are not in the range that they were read as
+        odd = _odd_lengths(values, length, (low, high))
+        if odd is not None:
+            raise ValueError(odd)
     unit = np.where(known, normals, 0.0) / np.where(known, length, 1.0)
     return (unit * np.array(numbers.axes)[:, None, None]).astype(np.float32)
-
-
-def _check_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> None:
-    """Refuse vectors that most likely are not in the range that they were read as."""
-    odd = _odd_lengths(values, length, ends)
-    if odd is not None:
-        raise ValueError(odd)
 
 
 def _odd_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> str | None:
