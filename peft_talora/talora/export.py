@@ -15,9 +15,9 @@ from ..msam.adapter import is_msam
 from ..msam.families import side
 from ..routing.requests import task_index
 from ..saving.directory import written_aside
+from ..saving.seal import WEIGHTS_FILE
+from ..saving.settings import PEFT_PREFIX
 from .layer import TALoraLinear
-
-PREFIX = "base_model.model."
 
 
 def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
@@ -49,12 +49,11 @@ def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[st
     state: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         index = task_index(task, layer.task_router.tasks[adapter_name])
-        state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = _lora_factors(
-            layer, adapter_name, index
-        )
+        A, B = _lora_factors(layer, adapter_name, index)
+        state |= {f"{PEFT_PREFIX}{name}.lora_A.weight": A, f"{PEFT_PREFIX}{name}.lora_B.weight": B}
     trained = _trained_in_full(base, adapter_name)
     for name, module in trained.items():
-        state |= {f"{PREFIX}{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
+        state |= {f"{PEFT_PREFIX}{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
     rank = min(min(layer.r_in[adapter_name], layer.r_out[adapter_name]) for layer in layers.values())
     config = LoraConfig(
         r=rank,
@@ -86,7 +85,7 @@ def save_task_as_lora(model: nn.Module, task: str | int, directory: str | Path) 
     config, state = task_to_lora(model, task)
     with written_aside(Path(directory)) as aside:
         config.save_pretrained(aside)
-        save_file(state, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(state, aside / WEIGHTS_FILE, metadata={"format": "pt"})
     return Path(directory)
 
 
@@ -134,9 +133,9 @@ def _also_matched(base: nn.Module, names: Iterable[str]) -> list[str]:
 def _check_image_size(base: nn.Module) -> None:
     if not is_msam(base):
         return
-    own, sams = base.config.image_size, side(base.config.prompt_encoder_config.image_size)
-    if own != sams:
+    image_size, of_sam = base.config.image_size, side(base.config.prompt_encoder_config.image_size)
+    if image_size != of_sam:
         raise ValueError(
-            f"The mSAM works at image_size={own}, its SAM at {sams}: a LoRA cannot carry the resized position "
+            f"The mSAM works at image_size={image_size}, its SAM at {of_sam}: a LoRA cannot carry the resized position "
             "embeddings. Use task_to_sam, which gives a whole model."
         )
