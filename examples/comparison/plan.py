@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +133,30 @@ class Entry:
         return self.name if self.rank is None else f"{self.name}-{self.rank}"
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table.
+
+    Attributes:
+        entry: The method.
+        amount: The data.
+        seed: The seed.
+        split: The split that is evaluated.
+        threads: CPU threads, where it is a repetition with another number of them.
+    """
+
+    entry: Entry
+    amount: Amount
+    seed: int
+    split: str = "test"
+    threads: int | None = None
+
+    @property
+    def baseline(self) -> Cell:
+        """What it is compared with: the decoders alone, all else the same."""
+        return replace(self, entry=Entry(BASELINE))
+
+
 def check_common(arguments: Sequence[str]) -> argparse.Namespace:
     """The training script's options in what all runs have in common, however they are written.
 
@@ -172,22 +196,14 @@ class Plan:
     steps: int = DEFAULTS.steps
     special: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def jobs(
-        self,
-        entry: Entry,
-        rates: Mapping[str, float],
-        amount: Amount,
-        seed: int,
-        split: str = "test",
-        threads: int | None = None,
-    ) -> dict[str, Job]:
+    def jobs(self, cell: Cell, rates: Mapping[str, float]) -> dict[str, Job]:
         """The runs that one number of the table needs: {what they train: run}.
 
-        `rates` has the learning rate of the method, and the decoders', which all methods share. With `threads` it is a
-        repetition with so many CPU threads.
+        `rates` has the learning rate of the method, and the decoders', which all methods share.
         """
-        options = [*entry.method.options, "--seed", str(seed), "--num-train", str(amount.images),
-                   "--evaluate-on", split, *self.common, *self.special.get(entry.method.method, ())]  # fmt: skip
+        entry, amount, threads = cell.entry, cell.amount, cell.threads
+        options = [*entry.method.options, "--seed", str(cell.seed), "--num-train", str(amount.images),
+                   "--evaluate-on", cell.split, *self.common, *self.special.get(entry.method.method, ())]  # fmt: skip
         decoder_rate = rates.get(BASELINE, DEFAULTS.decoder_lr)
         named = {"--decoder-lr": decoder_rate} | dict.fromkeys(entry.method.rate_options, rates[entry.name])
         options += [word for name, rate in named.items() for word in (name, str(rate))]
@@ -199,8 +215,8 @@ class Plan:
             if not entry.method.per_task:
                 # as many labelled images of every task, and as many encoder passes, as where each has a model
                 options += ["--steps", str(len(self.tasks) * self.steps)]
-        parts = [f"{amount.images}{'-one-task-each' if amount.one_task_each else ''}-{split}", str(entry),
-                 f"rate-{rates[entry.name]:g}", f"seed-{seed}" + (f"-threads-{threads}" if threads else "")]  # fmt: skip
+        parts = [f"{amount.images}{'-one-task-each' if amount.one_task_each else ''}-{cell.split}", str(entry),
+                 f"rate-{rates[entry.name]:g}", f"seed-{cell.seed}" + (f"-threads-{threads}" if threads else "")]  # fmt: skip
         folder = self.output_dir.joinpath("runs", *parts)
         if not entry.method.per_task:
             return {"all": Job(folder, (*options, "--tasks", *self.tasks), threads)}
