@@ -88,7 +88,7 @@ class NameLookup:
         name = self._one(line)
         if name is not None:
             return [name]
-        words = [word for word in line.replace(",", " ").replace("\t", " ").split() if word]
+        words = line.replace(",", " ").split()
         if len(words) < 2:
             return None
         names = [self._one(word) for word in words]
