@@ -127,19 +127,19 @@ def _odd_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> str | N
     if not given.any():
         return None
     low, high = float(values[:, given].min()), float(values[:, given].max())
-    right = 2 * (np.abs(length[given] - 1) <= _LENGTH_TOLERANCE).sum() >= given.sum()
-    if right and low < 0:
+    are_unit = 2 * (np.abs(length[given] - 1) <= _LENGTH_TOLERANCE).sum() >= given.sum()
+    if are_unit and low < 0:
         return None
     deviation = np.median(np.abs(length[given] - 1))
     # (n + 1) / 2 has a length near 1, too: what lies nearer to it is what is meant
-    other = next((ends for ends in _UNSIGNED if low >= 0 and high <= ends[1]), None)
+    other = next((unsigned for unsigned in _UNSIGNED if low >= 0 and high <= unsigned[1]), None)
     if (
         other is not None
         and other != ends
         and _deviation(values[:, given], other) < min(deviation, _LENGTH_TOLERANCE) / 2
     ):
         cure = f"they are unit vectors where these stand for -1 and 1: say `range: [{other[0]:g}, {other[1]:g}]`"
-    elif right:
+    elif are_unit:
         return None
     else:
         cure = "say `range: [lowest, highest]`, the numbers that stand for -1 and 1, or `normalize: true` where only directions count"

@@ -67,7 +67,7 @@ def adapter_tensors(twin: PeftModel) -> dict[str, TensorKind]:
     """The tensors that a saved adapter has, from a [`weightless_twin`]."""
     state, _ = split_settings(get_peft_model_state_dict(twin, save_embedding_layers=False))
     kinds = {name: TensorKind.of(value) for name, value in state.items()}
-    for name, module in _modules_saved(twin, "default"):
+    for name, module in modules_saved(twin, "default"):
         for key, value in module.state_dict().items():
             # older files have parts that are saved no more
             kinds.setdefault(f"{name}.{key}", TensorKind.of(value, required=False))
@@ -79,7 +79,7 @@ def try_to_load(twin: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(twin, {name: value.to("meta") for name, value in tensors.items()})
 
 
-def _modules_saved(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+def modules_saved(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
     """What is trained in full beside the adapter: `(name in a file, module)`."""
     for name, wrapper in model.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
@@ -91,7 +91,7 @@ def without_unsaved(model: nn.Module, adapter_name: str, state: Mapping[str, tor
 
     Older files have the frozen heads of mask decoders; PEFT has renamed all that it loads, and these names are left.
     """
-    unsaved = {f"{name}.{key}" for name, module in _modules_saved(model, adapter_name) for key in module.state_dict()}
+    unsaved = {f"{name}.{key}" for name, module in modules_saved(model, adapter_name) for key in module.state_dict()}
     return {name: value for name, value in state.items() if name not in unsaved}
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,6 +16,7 @@ from ..routing.requests import task_index
 from ..saving.directory import written_aside
 from ..saving.seal import WEIGHTS_FILE
 from ..saving.settings import PEFT_PREFIX
+from ..saving.tensors import modules_saved
 from .layer import TALoraLinear
 
 
@@ -51,7 +51,7 @@ def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[st
         index = task_index(task, layer.task_router.tasks[adapter_name])
         A, B = _lora_factors(layer, adapter_name, index)
         state |= {f"{PEFT_PREFIX}{name}.lora_A.weight": A, f"{PEFT_PREFIX}{name}.lora_B.weight": B}
-    trained = _trained_in_full(base, adapter_name)
+    trained = {name: module for name, module in modules_saved(base, adapter_name) if _fits_base(base, name)}
     for name, module in trained.items():
         state |= {f"{PEFT_PREFIX}{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
     rank = min(min(layer.r_in[adapter_name], layer.r_out[adapter_name]) for layer in layers.values())
@@ -109,17 +109,6 @@ def _lora_factors(layer: TALoraLinear, adapter_name: str, index: int) -> tuple[t
 def _fits_base(base: nn.Module, name: str) -> bool:
     """Whether the model that the LoRA is for has a module of this name: a SAM has no decoders of tasks."""
     return not (is_msam(base) and name.startswith(("mask_decoders.", "no_mask_embeds.")))
-
-
-def _trained_in_full(base: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """The modules that were trained in full, by their names in the model."""
-    return {
-        name: module.modules_to_save[adapter_name]
-        for name, module in base.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-        and adapter_name in module.modules_to_save
-        and _fits_base(base, name)
-    }
 
 
 def _also_matched(base: nn.Module, names: Iterable[str]) -> list[str]:
