@@ -276,7 +276,7 @@ def nearest_rank(sam: PreTrainedModel, method: Method, tasks: tuple[str, ...], t
 def count_parameters(sam: PreTrainedModel, method: Method, tasks: tuple[str, ...], rank: int) -> int:
     """How many parameters a method's adapters of this rank have, without the decoders and norms."""
     with torch.device("meta"):
-        encoder = family_of_model(sam).encoder(sam.config.vision_config)
+        encoder = family_of_model(sam).encoder_class(sam.config.vision_config)
         where = adapted_layers(encoder, method.targets, method.layers)
         adapter = {
             "talora": lambda: pt.TALoraConfig(tasks=list(tasks), r=rank, init_weights=True, **where),

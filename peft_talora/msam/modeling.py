@@ -81,7 +81,7 @@ class MSamForMultiTask(SamPreTrainedModel):
             )
         self.task_specs: dict[str, TaskSpec] = config.task_specs
         self.shared_image_embedding = self.family.position_embedding(config)
-        self.vision_encoder = self.family.encoder(config.vision_config)
+        self.vision_encoder = self.family.encoder_class(config.vision_config)
         # the decoder is no PreTrainedModel and would not learn of it otherwise
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         hidden_size = config.mask_decoder_config.hidden_size
