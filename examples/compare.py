@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bases import base_path
 from comparison.jobs import Job, run_if_missing
 from comparison.methods import BASELINE, METHODS, Entry
-from comparison.plan import Amount, Plan, matching_ranks
+from comparison.plan import Amount, Cell, Plan, matching_ranks
 from comparison.rates import tune
 from comparison.report import draw, markdown
 from comparison.results import Result, read_result
@@ -63,22 +63,23 @@ def look_at_data(args: argparse.Namespace) -> tuple[tuple[str, ...], int]:
     return tuple(data.tasks), len(data.train)
 
 
-def cells(args: argparse.Namespace, images: int) -> list[tuple[Entry, Amount, int]]:
+def cells(args: argparse.Namespace, images: int) -> list[Cell]:
     """Everything that is to be known: the table first, then few labels."""
-    table = [(entry, Amount(images), seed) for seed in args.seeds for entry in args.methods]
+    table = [Cell(entry, Amount(images), seed) for seed in args.seeds for entry in args.methods]
     if not args.few_labels:
         return table
     amounts = [Amount(images, one_task_each=True), *(Amount(number) for number in FEW_IMAGES if number < images)]
     entries = [Entry(BASELINE), *(entry for entry in args.methods if str(entry) in FEW_METHODS)]
-    return table + [(entry, amount, seed) for seed in args.few_seeds for amount in amounts for entry in entries]
+    return table + [Cell(entry, amount, seed) for seed in args.few_seeds for amount in amounts for entry in entries]
 
 
-def repetitions(args: argparse.Namespace, images: int) -> list[tuple[Entry, Amount, int]]:
+def repetitions(args: argparse.Namespace, images: int) -> list[Cell]:
     """What is run again with another number of threads."""
     if args.noise is None:
         return []
     entry = Entry("talora") if Entry("talora") in args.methods else args.methods[-1]
-    return [(one, Amount(images), seed) for seed in args.seeds for one in dict.fromkeys((Entry(BASELINE), entry))]
+    entries = dict.fromkeys((Entry(BASELINE), entry))
+    return [Cell(one, Amount(images), seed, threads=args.noise) for seed in args.seeds for one in entries]
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,16 @@ def compare(
 ) -> Compared:
     """Have `run` make what is missing, the learning rates first, and read it; a `run` that makes nothing sees all runs, too."""
 
-    def results_of(what: str, wanted: list[tuple[Entry, Amount, int]], threads: int | None = None) -> list[Result]:
-        run(what, [job for entry, *cell in wanted for job in plan.jobs(entry, rates, *cell, threads=threads).values()])
-        found = [read_result(plan, entry, rates, *cell, threads=threads) for entry, *cell in wanted]
-        return [result for result in found if result is not None]
+    def results_of(what: str, wanted: list[Cell]) -> list[Result]:
+        run(what, [job for cell in wanted for job in plan.jobs(cell, rates).values()])
+        results = [read_result(plan, cell, rates) for cell in wanted]
+        return [result for result in results if result is not None]
 
     rates, tuned = {name: METHODS[name].default_rate for name in names}, []
     if not args.no_tuning:
         rates, tuned = tune(plan, names, Amount(images), args.rate_seeds, run)
     results = results_of("comparison", cells(args, images))
-    again = results_of("another number of threads", repetitions(args, images), args.noise)
+    again = results_of("another number of threads", repetitions(args, images))
     return Compared(rates, tuned, results, [result for result in again if result.entry != Entry(BASELINE)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .saving.adapter import MSAM_FILE, SavedAdapter
 from .saving.card import model_card
 from .saving.directory import written_aside
 from .saving.loading import load_saved
-from .saving.seal import CONFIG_FILE, WEIGHTS_FILE, seal, write_json
+from .saving.seal import CONFIG_FILE, WEIGHTS_FILE, seal
 
 # starts of PEFT's LoRA that change the base by chance or by data ("pissa" and "olora" change it the same way again)
 RANDOM_STARTS = ("pissa_niter", "corda", "loftq", "lora_ga")
@@ -62,7 +63,7 @@ def save_adapter(
         sealed = aside / CONFIG_FILE
         if getattr(model.peft_config[model.active_adapter], "msam", None) is None:
             sealed = aside / MSAM_FILE
-            write_json(sealed, msam_fields(msam.config))
+            sealed.write_text(json.dumps(msam_fields(msam.config)), encoding="utf-8")
         seal(sealed, weights=aside / WEIGHTS_FILE)
         _check_loads_again(aside, msam, directory)
         card = model_card(model, aside / WEIGHTS_FILE, metrics, dataset=dataset, license=license, hub_id=hub_id)

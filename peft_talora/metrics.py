@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import SumMetric
 
 from .kinds import HIGHER_IS_BETTER, TaskSpec
 from .kinds.binary import BinaryMetrics
@@ -54,7 +54,7 @@ class TaskMetrics(nn.Module):
         self.spec = spec
         self.name = spec.kind if name is None else name
         self.metrics = spec.task_kind.metrics(spec.num_channels)
-        self.pixels = _PixelCount()
+        self.pixels = SumMetric().set_dtype(torch.float64)
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -139,16 +139,16 @@ class MultiTaskMetrics(nn.Module):
 
         A class without a name goes by its number; its IoU is None where it occurs in neither truth nor prediction.
         """
-        found = {}
+        ious = {}
         for name, metrics in self.tasks.items():
             values = getattr(metrics.metrics, "class_ious", None)
             if values is not None:
                 names = metrics.spec.class_names or map(str, range(metrics.spec.num_channels))
-                found[name] = {
+                ious[name] = {
                     label: None if math.isnan(value) else value
                     for label, value in zip(names, values.tolist(), strict=True)
                 }
-        return found
+        return ious
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -188,20 +188,6 @@ def _relative_changes(results: TaskResults, baseline: TaskResults) -> list[float
         if value is not None and reference:
             changes.append((1 if higher_is_better else -1) * (value - reference) / reference)
     return changes
-
-
-class _PixelCount(Metric):
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, count: Tensor) -> None:
-        self.count += count
-
-    def compute(self) -> Tensor:
-        return self.count
 
 
 def _select(values: Tensor, labelled: Tensor) -> Tensor:

@@ -68,10 +68,6 @@ def add_peft_type(name: str) -> Any:
         return member
 
 
-def _same_class(registered: type, ours: type) -> bool:
-    return (registered.__module__, registered.__qualname__) == (ours.__module__, ours.__qualname__)
-
-
 def register_tuner(name: str, config_cls: type, model_cls: type) -> None:
     """Register a tuner with PEFT under `name` (lower case) and the prefix `{name}_`.
 
@@ -91,7 +87,7 @@ def register_tuner(name: str, config_cls: type, model_cls: type) -> None:
                 register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
             except (TypeError, ValueError, KeyError) as error:
                 raise _peft_error(f"it refused to register '{name}' ({error})") from error
-        elif _same_class(registered, config_cls):
+        elif (registered.__module__, registered.__qualname__) == (config_cls.__module__, config_cls.__qualname__):
             configs[member], tuners[member], prefixes[member] = config_cls, model_cls, f"{name}_"
         else:
             raise RuntimeError(

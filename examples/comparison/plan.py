@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,30 @@ class Amount:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One number of a table.
+
+    Attributes:
+        entry: The method.
+        amount: The data.
+        seed: The seed.
+        split: The split that is evaluated.
+        threads: CPU threads, where it is a repetition with another number of them.
+    """
+
+    entry: Entry
+    amount: Amount
+    seed: int
+    split: str = "test"
+    threads: int | None = None
+
+    @property
+    def baseline(self) -> Cell:
+        """What it is compared with: the decoders alone, all else the same."""
+        return replace(self, entry=Entry(BASELINE))
+
+
+@dataclass(frozen=True)
 class Plan:
     """What all runs have in common.
 
@@ -53,22 +77,14 @@ class Plan:
     steps: int = DEFAULTS.steps
     special: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def jobs(
-        self,
-        entry: Entry,
-        rates: Mapping[str, float],
-        amount: Amount,
-        seed: int,
-        split: str = "test",
-        threads: int | None = None,
-    ) -> dict[str, Job]:
+    def jobs(self, cell: Cell, rates: Mapping[str, float]) -> dict[str, Job]:
         """The runs that one number of the table needs: {what they train: run}.
 
-        `rates` has the learning rate of the method, and the decoders', which all methods share. With `threads` it is a
-        repetition with so many CPU threads.
+        `rates` has the learning rate of the method, and the decoders', which all methods share.
         """
-        options = [*entry.method.options, "--seed", str(seed), "--num-train", str(amount.images),
-                   "--evaluate-on", split, *self.common, *self.special.get(entry.method.method, ())]  # fmt: skip
+        entry, amount, threads = cell.entry, cell.amount, cell.threads
+        options = [*entry.method.options, "--seed", str(cell.seed), "--num-train", str(amount.images),
+                   "--evaluate-on", cell.split, *self.common, *self.special.get(entry.method.method, ())]  # fmt: skip
         decoder_rate = rates.get(BASELINE, DEFAULTS.decoder_lr)
         named = {"--decoder-lr": decoder_rate} | dict.fromkeys(entry.method.rate_options, rates[entry.name])
         options += [word for name, rate in named.items() for word in (name, str(rate))]
@@ -80,8 +96,8 @@ class Plan:
             if not entry.method.per_task:
                 # as many labelled images of every task, and as many encoder passes, as where each has a model
                 options += ["--steps", str(len(self.tasks) * self.steps)]
-        parts = [f"{amount.images}{'-one-task-each' if amount.one_task_each else ''}-{split}", str(entry),
-                 f"rate-{rates[entry.name]:g}", f"seed-{seed}" + (f"-threads-{threads}" if threads else "")]  # fmt: skip
+        parts = [f"{amount.images}{'-one-task-each' if amount.one_task_each else ''}-{cell.split}", str(entry),
+                 f"rate-{rates[entry.name]:g}", f"seed-{cell.seed}" + (f"-threads-{threads}" if threads else "")]  # fmt: skip
         folder = self.output_dir.joinpath("runs", *parts)
         if not entry.method.per_task:
             return {"all": Job(folder, (*options, "--tasks", *self.tasks), threads)}
@@ -114,7 +130,7 @@ def nearest_rank(sam: PreTrainedModel, method: Method, tasks: tuple[str, ...], t
 def count_parameters(sam: PreTrainedModel, method: Method, tasks: tuple[str, ...], rank: int) -> int:
     """How many parameters a method's adapters of this rank have, without the decoders and norms."""
     with torch.device("meta"):
-        encoder = family_of_model(sam).encoder(sam.config.vision_config)
+        encoder = family_of_model(sam).encoder_class(sam.config.vision_config)
         where = adapted_layers(encoder, method.targets, method.layers)
         adapter = {
             "talora": lambda: pt.TALoraConfig(tasks=list(tasks), r=rank, init_weights=True, **where),

@@ -9,7 +9,7 @@ import peft_talora as pt
 
 from .jobs import Job
 from .methods import BASELINE, METHODS, Entry
-from .plan import Amount, Plan
+from .plan import Amount, Cell, Plan
 from .results import mean_and_spread, read_result
 
 Gains = Mapping[float, Mapping[int, float]]
@@ -28,24 +28,27 @@ def tune(
         run: Makes the runs that are missing.
     """
     rates = {name: METHODS[name].default_rate for name in names}
+    cells = {name: [Cell(Entry(name), amount, seed, "validation") for seed in seeds] for name in names}
     trials: list[dict] = []
     # the decoders' rate is part of every other run
     for group in ([BASELINE], [name for name in names if name != BASELINE]):
-        tried = [(name, rate, seed) for name in group for rate in METHODS[name].rates for seed in seeds]
-        jobs = [plan.jobs(Entry(name), rates | {name: rate}, amount, seed, "validation") for name, rate, seed in tried]
+        tried = [
+            (cell, rates | {name: rate}) for name in group for rate in METHODS[name].rates for cell in cells[name]
+        ]
         # what Delta_b compares with
-        jobs += [plan.jobs(Entry(BASELINE), rates, amount, seed, "validation") for seed in seeds]
-        run("learning rates", [job for parts in jobs for job in parts.values()])
-        base = {seed: read_result(plan, Entry(BASELINE), rates, amount, seed, "validation") for seed in seeds}
-        found: dict[str, dict[float, dict[int, float]]] = {name: {} for name in group}
-        for name, rate, seed in tried:
-            result = read_result(plan, Entry(name), rates | {name: rate}, amount, seed, "validation")
-            gains = found[name].setdefault(rate, {})
-            if result is not None and base[seed] is not None:
-                gains[seed] = pt.delta_b(result.tasks, base[seed].tasks)
-        for name, gains in found.items():
-            trials += [{"method": name, "rate": rate, "delta_b": own} for rate, own in gains.items()]
-            rates[name] = choose_rate(rates[name], gains)
+        compared = [(cell, rates) for cell in cells[BASELINE]]
+        run("learning rates", [job for each in (*tried, *compared) for job in plan.jobs(*each).values()])
+        base = {cell.seed: read_result(plan, cell, rates) for cell in cells[BASELINE]}
+        gains: dict[str, dict[float, dict[int, float]]] = {name: {} for name in group}
+        for cell, changed in tried:
+            name, reference = cell.entry.name, base[cell.seed]
+            of_rate = gains[name].setdefault(changed[name], {})
+            result = read_result(plan, cell, changed)
+            if result is not None and reference is not None:
+                of_rate[cell.seed] = pt.delta_b(result.tasks, reference.tasks)
+        for name, by_rate in gains.items():
+            trials += [{"method": name, "rate": rate, "delta_b": by_seed} for rate, by_seed in by_rate.items()]
+            rates[name] = choose_rate(rates[name], by_rate)
     return rates, trials
 
 

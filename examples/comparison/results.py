@@ -12,8 +12,8 @@ from scipy import stats
 
 import peft_talora as pt
 
-from .methods import BASELINE, Entry
-from .plan import Amount, Plan
+from .methods import Entry
+from .plan import Amount, Cell, Plan
 
 
 @dataclass(frozen=True)
@@ -57,36 +57,28 @@ class Result:
         }
 
 
-def read_result(
-    plan: Plan,
-    entry: Entry,
-    rates: Mapping[str, float],
-    amount: Amount,
-    seed: int,
-    split: str = "test",
-    threads: int | None = None,
-) -> Result | None:
+def read_result(plan: Plan, cell: Cell, rates: Mapping[str, float]) -> Result | None:
     """A method's numbers; None while a run of them is not finished."""
-    jobs = plan.jobs(entry, rates, amount, seed, split, threads).values()
-    found = [job.result() for job in jobs]
-    if any(metrics is None for metrics in found):
+    jobs = plan.jobs(cell, rates).values()
+    runs = [job.result() for job in jobs]
+    if any(metrics is None for metrics in runs):
         return None
-    tasks = {task: values for metrics in found for task, values in metrics["tasks"].items()}
-    base = next(iter(plan.jobs(Entry(BASELINE), rates, amount, seed, split, threads).values())).result()
-    trainable = sum(metrics["trainable_parameters"] for metrics in found)
+    tasks = {task: values for metrics in runs for task, values in metrics["tasks"].items()}
+    base = next(iter(plan.jobs(cell.baseline, rates).values())).result()
+    trainable = sum(metrics["trainable_parameters"] for metrics in runs)
     return Result(
-        entry=entry,
-        amount=amount,
-        seed=seed,
-        rate=rates[entry.name],
+        entry=cell.entry,
+        amount=cell.amount,
+        seed=cell.seed,
+        rate=rates[cell.entry.name],
         tasks=tasks,
         trainable_parameters=trainable,
         encoder_parameters=None if base is None else trainable - base["trainable_parameters"],
-        adapter_bytes=sum(metrics["adapter_bytes"] for metrics in found),
-        seconds_per_step=sum(metrics["train_seconds"] / metrics["steps"] for metrics in found),
+        adapter_bytes=sum(metrics["adapter_bytes"] for metrics in runs),
+        seconds_per_step=sum(metrics["train_seconds"] / metrics["steps"] for metrics in runs),
         delta_b=None if base is None else pt.delta_b(tasks, base["tasks"]),
         alone=all(job.alone for job in jobs),
-        threads=threads,
+        threads=cell.threads,
     )
 
 

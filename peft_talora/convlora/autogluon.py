@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..saving.settings import with_settings
+from ..saving.settings import PEFT_PREFIX, with_settings
 from .config import ConvLoraConfig
 from .layer import ConvLoraLayer
 
-_QKV = re.compile(r"(?:.*\.)?(vision_encoder\.layers\.(\d+)\.attn\.qkv)")
+_QKV = re.compile(r"(?:.*\.)?(vision_encoder\.layers\.\d+\.attn\.qkv)")
 _EXPERT = re.compile(r"lora_moe_experts\.(\d+)\.0\.(weight|bias)")
 _NAMES = {
     "lora_A": "convlora_A",
@@ -54,7 +54,7 @@ def convlora_from_autogluon(
         converted = _convert_layer(layer, tensors)
         r, n = converted["convlora_gate"].shape
         sizes[layer] = (r, n)
-        weights.update({f"base_model.model.{layer}.{name}": tensor for name, tensor in converted.items()})
+        weights.update({f"{PEFT_PREFIX}{layer}.{name}": tensor for name, tensor in converted.items()})
     if len(set(sizes.values())) > 1:
         raise ValueError(f"All layers must have one rank and number of experts, got (r, num_experts) = {sizes}.")
     indices = [_index_of(layer) for layer in sizes]
@@ -85,11 +85,8 @@ def _adapter_keys(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
 
 
 def _index_of(layer: str) -> int:
-    """The number of an encoder's layer in the name of its projection."""
-    match = _QKV.fullmatch(layer)
-    if match is None:
-        raise ValueError(f"'{layer}' is no fused qkv of an encoder's layer.")
-    return int(match[2])
+    """The number of an encoder's layer in the name of its projection, vision_encoder.layers.{i}.attn.qkv."""
+    return int(layer.split(".")[2])
 
 
 def _convert_layer(layer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,8 +103,8 @@ def _convert_layer(layer: str, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             converted[_NAMES[name]] = tensor
         else:
             raise ValueError(f"'{layer}.{name}' does not belong to a Conv-LoRA layer.")
-    for name, ours in _NAMES.items():
-        if ours not in converted:
+    for name, converted_name in _NAMES.items():
+        if converted_name not in converted:
             raise ValueError(f"'{layer}.{name}' is missing.")
     for kind, of_expert in experts.items():
         missing = [e for e in range(max((*of_expert, 0)) + 1) if e not in of_expert]

@@ -52,8 +52,8 @@ def place_of(model: nn.Module, name: str) -> Place:
     """The place of the layer `name` in `model`: the innermost configuration around it says."""
     config = None
     for part in (model, *_modules_around(model, name)):
-        own = getattr(part, "config", None)
-        config = own if isinstance(getattr(own, "model_type", None), str) else config
+        of_part = getattr(part, "config", None)
+        config = of_part if isinstance(getattr(of_part, "model_type", None), str) else config
     if config is None:
         return Place()
     if config.model_type in TOKEN_MODELS:

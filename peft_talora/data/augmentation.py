@@ -71,17 +71,17 @@ class Augmentation:
 
     def unflippable(self, specs: Mapping[str, TaskSpec]) -> dict[str, str]:
         """``{task: why}`` of the tasks for which no image is flipped: something of one side has no partner."""
-        found = {}
+        reasons = {}
         for name, spec in specs.items():
-            alone = [] if name in self.flip_pairs else _sides(spec.class_names)[1]
+            alone = [] if name in self.flip_pairs else _sides(tuple(spec.class_names or ()))[1]
             if alone:
-                found[name] = f"its class {alone[0]!r} has no partner on the other side"
-        for name in _sides(list(specs))[1]:
-            found.setdefault(name, "there is no such task of the other side")
+                reasons[name] = f"its class {alone[0]!r} has no partner on the other side"
+        for name in _sides(tuple(specs))[1]:
+            reasons.setdefault(name, "there is no such task of the other side")
         for name, partner in _task_pairs(specs):
             if specs[name].kind != specs[partner].kind or specs[name].num_channels != specs[partner].num_channels:
-                found.setdefault(name, f"its partner {partner!r} is of another kind")
-        return found
+                reasons.setdefault(name, f"its partner {partner!r} is of another kind")
+        return reasons
 
     def _flip(self, labels: Mapping[str, Tensor], specs: Mapping[str, TaskSpec]) -> dict[str, Tensor]:
         flipped = {name: self._flip_label(name, specs[name], label) for name, label in labels.items()}
@@ -93,7 +93,7 @@ class Augmentation:
         label = label.flip(-1)
         for channel in (*spec.task_kind.negated_by_flip, *self.mirrored.get(name, ())):
             label[channel] = -label[channel]
-        pairs = self.flip_pairs.get(name, _sides(spec.class_names)[0])
+        pairs = self.flip_pairs.get(name, _sides(tuple(spec.class_names or ()))[0])
         if not pairs:
             return label
         first, second = (torch.tensor(classes) for classes in zip(*pairs, strict=True))
@@ -105,12 +105,12 @@ class Augmentation:
         return torch.where(known, swapped[torch.where(known, label, 0)], label)
 
 
-def side_names(names: Sequence[str] | None) -> tuple[list[tuple[int, int]], list[str]]:
+@lru_cache(maxsize=64)
+def _sides(names: tuple[str, ...]) -> tuple[list[tuple[int, int]], list[str]]:
     """Names that differ in "left" and "right", or in L and R: pairs of their numbers, and the names without a partner.
 
     L and R count only where both are there, and so do "left" and "right" as a part of a longer word.
     """
-    names = list(names or [])
     # "leftArm" is two words
     words = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold() for name in names]
     pairs, alone = [], []
@@ -124,17 +124,8 @@ def side_names(names: Sequence[str] | None) -> tuple[list[tuple[int, int]], list
     return pairs, alone
 
 
-def _sides(names: Sequence[str] | None) -> tuple[list[tuple[int, int]], list[str]]:
-    return _known_sides(tuple(names or ()))
-
-
-@lru_cache(maxsize=64)
-def _known_sides(names: tuple[str, ...]) -> tuple[list[tuple[int, int]], list[str]]:
-    return side_names(names)
-
-
 def _task_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    names = list(names)
+    names = tuple(names)
     return [(names[first], names[second]) for first, second in _sides(names)[0]]
 
 

@@ -13,7 +13,7 @@ from ..kinds import TaskSpec
 from .columns import IGNORE_INDEX, IMAGE_COLUMN, task_column
 from .extras import import_coco_masks, import_datasets
 from .folder.checks import is_inside, quoted
-from .images import ImageHeader, read_header, read_image
+from .images import read_header, read_image
 from .rows import file_state
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ TASKS = ("semantic", "saliency", "edges")
 # Roboflow's exports have a folder for each split with this file in it.
 _ROBOFLOW = "_annotations.coco.json"
 _COCO = "annotations/instances_*.json"
+# What a file has, and what each entry of it has.
+_KEYS = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
 
 
 def load_coco(path: str | Path) -> DatasetDict:
@@ -46,38 +48,31 @@ def load_coco(path: str | Path) -> DatasetDict:
         ImportError: If `datasets` or pycocotools is not installed.
         ValueError: If the file is no list of annotations, or no object in it has an outline.
     """
-    datasets: Any = import_datasets()
+    datasets = import_datasets()
     import_coco_masks()
-
-    class CocoDatasetDict(datasets.DatasetDict):
-        """Splits that know their tasks."""
-
-        tasks: dict[str, TaskSpec]
-        content: str
-
     files = _annotation_files(Path(path).expanduser())
-    read = {split: _read(file) for split, file in files.items()}
-    categories = {category["id"]: category["name"] for content in read.values() for category in content["categories"]}
-    used = {annotation["category_id"] for content in read.values() for annotation in content["annotations"]}
+    contents = {split: _read(file) for split, file in files.items()}
+    categories = {each["id"]: each["name"] for content in contents.values() for each in content["categories"]}
+    used = {annotation["category_id"] for content in contents.values() for annotation in content["annotations"]}
     ids = sorted(number for number in categories if number in used)
     classes = {number: position for position, number in enumerate(ids, start=1)}
     columns = {name: task_column(name) for name in TASKS}
     features = {IMAGE_COLUMN: datasets.Value("string"), **dict.fromkeys(columns.values(), datasets.Value("int64"))}
-    found = CocoDatasetDict()
-    for split, content in read.items():
+    dataset = datasets.DatasetDict()
+    for split, content in contents.items():
         images = [(image["id"], str(_image_file(files[split], image["file_name"]))) for image in content["images"]]
         values = {IMAGE_COLUMN: [file for _, file in images]}
         values |= {column: [number for number, _ in images] for column in columns.values()}
         rows = CocoRows(content["annotations"], classes, files[split])
-        found[split] = datasets.Dataset.from_dict(values, features=datasets.Features(features)).with_transform(rows)
-    found.content = repr([file_state(file) for file in files.values()])
+        dataset[split] = datasets.Dataset.from_dict(values, features=datasets.Features(features)).with_transform(rows)
+    dataset.content = repr([file_state(file) for file in files.values()])
     names = [BACKGROUND, *(categories[number] for number in ids)]
-    found.tasks = {
+    dataset.tasks = {
         "semantic": TaskSpec("semantic", len(names), class_names=names),
         "saliency": TaskSpec("binary"),
         "edges": TaskSpec("binary"),
     }
-    return found
+    return dataset
 
 
 class CocoRows:
@@ -102,14 +97,11 @@ class CocoRows:
         if files is None:
             raise ValueError(f"label maps are drawn at the size of their images: ask for {IMAGE_COLUMN!r}, too")
         columns: dict[str, list[Any]] = {IMAGE_COLUMN: [read_image(file) for file in files]}
-        for name in asked:
-            columns[task_column(name)] = []
-        for position, image in enumerate(columns[IMAGE_COLUMN]):
-            if asked:
-                number = batch[task_column(asked[0])][position]
-                maps = self.label_maps(number, image.shape[:2], files[position])
-                for name in asked:
-                    columns[task_column(name)].append(maps[name])
+        if asked:
+            numbers = batch[task_column(asked[0])]
+            images = zip(numbers, columns[IMAGE_COLUMN], files, strict=True)
+            maps = [self.label_maps(number, image.shape[:2], file) for number, image, file in images]
+            columns |= {task_column(name): [each[name] for each in maps] for name in asked}
         return columns
 
     def label_maps(self, number: int, size: tuple[int, int], file: str) -> dict[str, np.ndarray]:
@@ -154,7 +146,7 @@ class CocoRows:
 
 
 def _size_of(file: str, size: tuple[int, int]) -> str:
-    header: ImageHeader = read_header(file)
+    header = read_header(file)
     turned = f", turned as its EXIF orientation ({header.orientation}) says" if header.orientation > 1 else ""
     return f"its image {size[1]} x {size[0]}{turned}"
 
@@ -201,19 +193,9 @@ def _read(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {str(error)[:300]}") from error
-    missing = (
-        [key for key in ("images", "annotations", "categories") if key not in content]
-        if isinstance(content, dict)
-        else None
-    )
-    if missing is None or missing:
+    if not isinstance(content, dict) or not _KEYS.keys() <= content.keys():
         raise ValueError(f"{file} holds no COCO annotations: expected 'images', 'annotations' and 'categories'")
-    entries = (
-        ("images", ("id", "file_name")),
-        ("annotations", ("image_id", "category_id")),
-        ("categories", ("id", "name")),
-    )
-    for part, keys in entries:
+    for part, keys in _KEYS.items():
         odd = next(
             (item for item in content[part] if not isinstance(item, dict) or any(key not in item for key in keys)),
             None,
@@ -247,8 +229,8 @@ def _image_file(annotations: Path, name: str) -> Path:
         beside.parent / "images" / split,
         beside.parent,
     )
-    found = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    if found is None:
+    image = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if image is None:
         looked = ", ".join(str(folder) for folder in folders)
         raise FileNotFoundError(f"{annotations}: the image {name!r} is in none of {looked}")
-    return found
+    return image

@@ -56,11 +56,6 @@ class ImageHeader(NamedTuple):
     orientation: int
     mode: str
 
-    @property
-    def upright_size(self) -> tuple[int, int]:
-        """(H, W) as a person sees it."""
-        return self.size if self.orientation < 5 else (self.size[1], self.size[0])
-
 
 def read_image(
     path: str | Path,

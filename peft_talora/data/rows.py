@@ -52,8 +52,6 @@ def array_rows(dataset: Any, columns: Sequence[str]) -> Any:
         dataset: Rows of `datasets`, or a list of dicts.
         columns: Some of its columns.
     """
-    if isinstance(dataset, ListRows):
-        return dataset
     if isinstance(dataset, list | tuple):
         return ListRows(dataset)
     if dataset.format["type"] == "custom":

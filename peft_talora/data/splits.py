@@ -35,13 +35,13 @@ class Evaluation:
 
 def find_split(splits: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     """The split of one of these names, in whatever case; ValueError where there are two."""
-    found = [name for name in splits if name.casefold() in names]
-    if len(found) > 1:
-        raise ValueError(f"the splits {found} mean the same: keep one of them")
-    return found[0] if found else None
+    alike = [name for name in splits if name.casefold() in names]
+    if len(alike) > 1:
+        raise ValueError(f"the splits {alike} mean the same: keep one of them")
+    return alike[0] if alike else None
 
 
-def evaluation_rows(splits: Mapping[str, Any], wanted: str = "test", share: float = HELD_OUT_SHARE) -> Evaluation:
+def evaluation_rows(splits: Mapping[str, Any], wanted: str = "test") -> Evaluation:
     """What to train on and what to evaluate on: never the same rows.
 
     "test" is the test split, else the validation split (`val` and `valid` are the same), else a share of "train" that is held
@@ -51,7 +51,6 @@ def evaluation_rows(splits: Mapping[str, Any], wanted: str = "test", share: floa
     Args:
         splits: ``{name: rows}`` with a "train".
         wanted: "test" or "validation".
-        share: How much of "train" is held out.
 
     Raises:
         ValueError: If two splits mean the same, or "train" is too small for holding something out.
@@ -63,44 +62,44 @@ def evaluation_rows(splits: Mapping[str, Any], wanted: str = "test", share: floa
     if test is None and validation is not None:
         test, validation = validation, None
         notes.append(f"There is no test split: {test!r} stands for it.")
-    found = test if wanted == "test" else validation
-    if found is not None:
-        return Evaluation(splits["train"], splits[found], found, notes if wanted == "test" else [])
+    split = test if wanted == "test" else validation
+    if split is not None:
+        return Evaluation(splits["train"], splits[split], split, notes if wanted == "test" else [])
     train = splits["train"]
     if wanted == "validation" and test is None:
         # those that would be held out for a test
-        train, _ = hold_out(train, share)
-    train, rows = hold_out(train, share)
+        train, _ = hold_out(train)
+    train, rows = hold_out(train)
     notes.append(
         f"There is no {wanted} split: {len(rows)} of {len(splits['train'])} rows of 'train' are held out for it."
     )
     return Evaluation(train, rows, "held out of train", notes)
 
 
-def hold_out(rows: Any, share: float = HELD_OUT_SHARE) -> tuple[Any, Any]:
-    """(the others, a share of the rows); which ones depends on their number alone.
+def hold_out(rows: Any) -> tuple[Any, Any]:
+    """(the others, `HELD_OUT_SHARE` of the rows); which ones depends on their number alone.
 
     Raises:
         ValueError: If one of both would be empty.
     """
-    number = max(1, round(share * len(rows)))
+    number = max(1, round(HELD_OUT_SHARE * len(rows)))
     if number >= len(rows):
         raise ValueError(
-            f"{len(rows)} rows are too few to hold {share:.0%} of them out for an evaluation: give the data set a test split"
+            f"{len(rows)} rows are too few to hold {HELD_OUT_SHARE:.0%} of them out for an evaluation: give the data set a test split"
         )
     order = np.random.default_rng(0).permutation(len(rows))
     return select_rows(rows, sorted(order[number:].tolist())), select_rows(rows, sorted(order[:number].tolist()))
 
 
-def few_labels(rows: Any, number: int, seed: int = 0) -> Any:
-    """So many of the rows; of one seed the fewer are among the more.
+def few_labels(rows: Any, number: int) -> Any:
+    """So many of the rows; the fewer are among the more.
 
     Raises:
         ValueError: If there are not that many.
     """
     if not 1 <= number <= len(rows):
         raise ValueError(f"asked for {number} of {len(rows)} rows")
-    order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
+    order = np.random.default_rng([0, len(rows)]).permutation(len(rows))
     return select_rows(rows, sorted(order[:number].tolist()))
 
 

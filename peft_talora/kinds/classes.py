@@ -104,12 +104,13 @@ def _mapped(classes: np.ndarray, class_map: Mapping[int, int]) -> np.ndarray:
 
 def _advice(classes: np.ndarray, num_channels: int, first: int) -> str:
     """What a class that is too large may come from."""
-    found = np.unique(classes[classes >= 0])
-    if not first and found[-1] == num_channels and found[0] > 0:
+    known = classes[classes >= 0]
+    smallest, largest = known.min(), known.max()
+    if not first and largest == num_channels and smallest > 0:
         return "; where they are counted from 1, say `first_class: 1`"
-    if found[-1] in (254, 65535):
-        return f", as in `ignore: [{found[-1]}]`"
-    if found[-1] > 255:
+    if largest in (254, 65535):
+        return f", as in `ignore: [{largest}]`"
+    if largest > 255:
         return "; are these ids of instances, or class x 1000 + instance?"
     return ""
 

@@ -113,16 +113,12 @@ def normals_from_numbers(values: np.ndarray, numbers: Numbers, num_channels: int
         known = np.isfinite(length) & (length > 0)
     else:
         known = np.isfinite(length) & (length >= _SHORTEST_NORMAL) & (length <= _LONGEST_NORMAL)
-        _check_lengths(values, length, (low, high))
+        # most likely they are not in the range that they were read as
+        odd = _odd_lengths(values, length, (low, high))
+        if odd is not None:
+            raise ValueError(odd)
     unit = np.where(known, normals, 0.0) / np.where(known, length, 1.0)
     return (unit * np.array(numbers.axes)[:, None, None]).astype(np.float32)
-
-
-def _check_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> None:
-    """Refuse vectors that most likely are not in the range that they were read as."""
-    odd = _odd_lengths(values, length, ends)
-    if odd is not None:
-        raise ValueError(odd)
 
 
 def _odd_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> str | None:
@@ -131,19 +127,19 @@ def _odd_lengths(values: np.ndarray, length: np.ndarray, ends: Range) -> str | N
     if not given.any():
         return None
     low, high = float(values[:, given].min()), float(values[:, given].max())
-    right = 2 * (np.abs(length[given] - 1) <= _LENGTH_TOLERANCE).sum() >= given.sum()
-    if right and low < 0:
+    are_unit = 2 * (np.abs(length[given] - 1) <= _LENGTH_TOLERANCE).sum() >= given.sum()
+    if are_unit and low < 0:
         return None
     deviation = np.median(np.abs(length[given] - 1))
     # (n + 1) / 2 has a length near 1, too: what lies nearer to it is what is meant
-    other = next((ends for ends in _UNSIGNED if low >= 0 and high <= ends[1]), None)
+    other = next((unsigned for unsigned in _UNSIGNED if low >= 0 and high <= unsigned[1]), None)
     if (
         other is not None
         and other != ends
         and _deviation(values[:, given], other) < min(deviation, _LENGTH_TOLERANCE) / 2
     ):
         cure = f"they are unit vectors where these stand for -1 and 1: say `range: [{other[0]:g}, {other[1]:g}]`"
-    elif right:
+    elif are_unit:
         return None
     else:
         cure = "say `range: [lowest, highest]`, the numbers that stand for -1 and 1, or `normalize: true` where only directions count"

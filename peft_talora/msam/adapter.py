@@ -67,13 +67,13 @@ def check_same_msam(fields: Mapping[str, Any], config: PreTrainedConfig, base_na
         config: The `MSamConfig` of the model.
         base_name: The SAM that the adapter was trained on, for the message.
     """
-    own = msam_fields(config)
+    model_fields = msam_fields(config)
     check_same_family(fields, config.base_model_type, base_name)
-    theirs = fields.get("base")
-    theirs = theirs if isinstance(theirs, dict) else {}
-    different = [name for name in own["base"] if name in theirs and theirs[name] != own["base"][name]]
+    base, saved_base = model_fields["base"], fields.get("base")
+    saved_base = saved_base if isinstance(saved_base, dict) else {}
+    different = [name for name in base if name in saved_base and saved_base[name] != base[name]]
     if different:
-        values = [", ".join(f"{name}={base[name]}" for name in different) for base in (theirs, own["base"])]
+        values = [", ".join(f"{name}={sizes[name]}" for name in different) for sizes in (saved_base, base)]
         raise ValueError(
             f"The adapter was trained on another SAM{f', {base_name!r}' if base_name else ''}: that has {values[0]}, "
             f"the base model '{config._name_or_path or type(config).__name__}' has {values[1]}."
@@ -84,12 +84,14 @@ def check_same_msam(fields: Mapping[str, Any], config: PreTrainedConfig, base_na
             f"The adapter's tasks are {names}, those of the base model {list(config.task_names)}: they must be the same, "
             "in the same order."
         )
-    for theirs, task in zip(fields["tasks"], own["tasks"], strict=True):
-        if theirs != {name: task.get(name) for name in theirs}:
-            raise ValueError(f"The adapter's task '{task['name']}' is {theirs}, that of the base model {task}.")
+    for saved_task, task in zip(fields["tasks"], model_fields["tasks"], strict=True):
+        if saved_task != {name: task.get(name) for name in saved_task}:
+            raise ValueError(f"The adapter's task '{task['name']}' is {saved_task}, that of the base model {task}.")
     for name in ("channel_mode", "image_size"):
-        if fields.get(name, own[name]) != own[name]:
-            raise ValueError(f"The adapter was trained with {name}={fields[name]}, the base model has {own[name]}.")
+        if fields.get(name, model_fields[name]) != model_fields[name]:
+            raise ValueError(
+                f"The adapter was trained with {name}={fields[name]}, the base model has {model_fields[name]}."
+            )
 
 
 def check_same_family(fields: Mapping[str, Any], base_model_type: str, base_name: str | None = None) -> None:
@@ -100,10 +102,10 @@ def check_same_family(fields: Mapping[str, Any], base_model_type: str, base_name
         base_model_type: That of the base.
         base_name: The SAM that the adapter was trained on, for the message.
     """
-    theirs = fields.get("base_model_type", "sam")
-    if theirs != base_model_type:
+    saved_type = fields.get("base_model_type", "sam")
+    if saved_type != base_model_type:
         raise ValueError(
-            f"The adapter was trained on a '{theirs}' model{f', {base_name!r}' if base_name else ''}, the base model is a "
+            f"The adapter was trained on a '{saved_type}' model{f', {base_name!r}' if base_name else ''}, the base model is a "
             f"'{base_model_type}' model."
         )
 
@@ -142,7 +144,7 @@ def _check_same_tasks(tasks: list[str], model: nn.Module) -> None:
 def _check_copied(names: list[str], model: nn.Module) -> None:
     """Refuse what is to be trained in full, in a copy, where it is sharded: no shard's hooks are copied with it."""
     for name, module in model.named_modules():
-        is_copied = any(f".{name}".endswith(f".{wanted}") for wanted in names)
+        is_copied = any(f".{name}".endswith(f".{saved}") for saved in names)
         if is_copied and any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             raise ValueError(
                 f"'{name}' is sharded and in modules_to_save, of which an adapter trains a copy: call fully_shard after "

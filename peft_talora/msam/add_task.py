@@ -136,8 +136,8 @@ def _freeze(base: nn.Module, adapter_name: str) -> None:
             parameters = getattr(module, part, {})
             if adapter_name not in parameters:
                 continue
-            own = parameters[adapter_name]
-            if isinstance(own, nn.Module):
-                freeze(own)
-            elif isinstance(own, nn.Parameter):
-                parameters[adapter_name] = FrozenParameter(own.data, requires_grad=False)
+            trained = parameters[adapter_name]
+            if isinstance(trained, nn.Module):
+                freeze(trained)
+            elif isinstance(trained, nn.Parameter):
+                parameters[adapter_name] = FrozenParameter(trained.data, requires_grad=False)

@@ -94,10 +94,10 @@ def _check_embeddings(config: MSamConfig, embeddings: Mapping[str, Any]) -> int:
                 f"{where} must be a tuple of {len(shapes)} tensors, as encode gives it: "
                 f"{', '.join(f'(batch, {a}, {b}, {c})' for a, b, c in shapes)}; got {_kind(embedding)}."
             )
-        own = {_checked_batch(where, level, shape) for level, shape in zip(levels, shapes, strict=True)}
-        if len(own) != 1:
-            raise ValueError(f"The tensors of {where} must have one batch size, got {sorted(own)}.")
-        sizes[name] = own.pop()
+        batch_sizes = {_checked_batch(where, level, shape) for level, shape in zip(levels, shapes, strict=True)}
+        if len(batch_sizes) != 1:
+            raise ValueError(f"The tensors of {where} must have one batch size, got {sorted(batch_sizes)}.")
+        sizes[name] = batch_sizes.pop()
     if len(set(sizes.values())) != 1:
         raise ValueError(f"image_embeddings must have one batch size, got {sizes}.")
     return next(iter(sizes.values()))

@@ -53,14 +53,11 @@ class MSamTokenDecoder(SamMaskDecoder):
             attention_similarity=None,
         )
         image = image.transpose(2, 3).reshape(batch_size, channels, height, width)
+        image = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))
+        image = self.activation(self.upscale_conv2(image))
         mask_tokens = tokens[:, 0, 1:].unbind(1)
         hyper = [network(token) for network, token in zip(self.output_hypernetworks_mlps, mask_tokens, strict=True)]
-        return torch.einsum("bnc,bchw->bnhw", torch.stack(hyper, dim=1), self._upscale(image))
-
-    def _upscale(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) -> (B, C / 8, 4h, 4w)."""
-        image = self.activation(self.upscale_layer_norm(self.upscale_conv1(image)))
-        return self.activation(self.upscale_conv2(image))
+        return torch.einsum("bnc,bchw->bnhw", torch.stack(hyper, dim=1), image)
 
 
 def decode(model: nn.Module, name: str, features: Features) -> torch.Tensor:
@@ -115,8 +112,8 @@ def token_decoder_state(sam_state: Mapping[str, torch.Tensor], num_channels: int
 
 def token_config(config: PreTrainedConfig, num_channels: int) -> PreTrainedConfig:
     """The configuration of a plain decoder that has as many mask tokens as a token decoder has channels."""
-    own_config = copy.deepcopy(config)
-    own_config._attn_implementation = config._attn_implementation
+    changed = copy.deepcopy(config)
+    changed._attn_implementation = config._attn_implementation
     # SAM counts its mask token 0 apart
-    own_config.num_multimask_outputs = num_channels - 1
-    return own_config
+    changed.num_multimask_outputs = num_channels - 1
+    return changed

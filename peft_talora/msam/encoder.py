@@ -70,20 +70,6 @@ def _of_each_task(features: Features, number: int) -> list[Features]:
     return list(zip(*(_of_each_task(level, number) for level in features), strict=True))
 
 
-def encode_mixed(
-    model: nn.Module, pixel_values: torch.Tensor | None, trunk_states: States | None, ids: torch.Tensor
-) -> Features:
-    """The features of B images, each for the task of its image.
-
-    Args:
-        model: The mSAM.
-        pixel_values: As in [`encode_tasks`].
-        trunk_states: As in [`encode_tasks`].
-        ids: The index of each image's task, a LongTensor (B,).
-    """
-    return model.family.features(model, model.vision_encoder(pixel_values, trunk_states=trunk_states, branches=ids))
-
-
 def embeddings_by_task(
     embeddings: Features | Mapping[str, Features], image_index: Mapping[str, torch.Tensor]
 ) -> dict[str, Features]:

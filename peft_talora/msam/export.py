@@ -39,16 +39,17 @@ def task_to_sam(model: PeftModel | MSamForMultiTask, task: str, sam: PreTrainedM
     if task not in msam.task_specs:
         raise ValueError(f"Unknown task '{task}'. The model's tasks are {list(msam.task_specs)}.")
     channels = msam.task_specs[task].num_channels
+    model_class = msam.family.model_class
     if channels != 1:
-        kind = msam.family.model_class.__name__
-        raise ValueError(f"A {kind} has one output channel, the task '{task}' has {channels}.")
-    if sam is not None and not isinstance(sam, msam.family.model_class):
-        kind = msam.family.model_class.__name__
-        raise TypeError(f"The prompt weights must be those of a {kind}, got `sam` of the type {type(sam).__name__}.")
+        raise ValueError(f"A {model_class.__name__} has one output channel, the task '{task}' has {channels}.")
+    if sam is not None and not isinstance(sam, model_class):
+        raise TypeError(
+            f"The prompt weights must be those of a {model_class.__name__}, got `sam` of the type {type(sam).__name__}."
+        )
     check_plain(msam, "The mSAM", "a SamModel has plain weights, so export it from one that is not.")
     if isinstance(model, PeftModel):
         msam = _merged(model, task)
-    exported = msam.family.model_class(_plain_config(msam)).to(dtype=msam.dtype, device=msam.device)
+    exported = model_class(_plain_config(msam)).to(dtype=msam.dtype, device=msam.device)
     msam.family.export_parts(msam, exported)
     if sam is not None:
         exported.prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())

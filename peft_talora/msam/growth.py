@@ -17,8 +17,6 @@ from .loading import check_plain
 from .modeling import MSamForMultiTask
 from .tasks import TaskSpec, parse_tasks, tasks_to_list
 
-PARTS = ("no_mask_embeds", "mask_decoders")
-
 
 class MSamGrowth:
     """A task for an mSAM with an adapter. Making it checks everything and changes nothing; [`apply`] puts it in place.
@@ -48,7 +46,7 @@ class MSamGrowth:
 
     def apply(self) -> None:
         """Put everything in place; the new decoder and embedding are trainable."""
-        names = [f"{part}.{self.name}" for part in PARTS]
+        names = [f"{part}.{self.name}" for part in self.modules]
         self.config.modules_to_save = [*(self.config.modules_to_save or []), *names]
         if getattr(self.config, "msam", None) is not None:
             self.config.msam = {**self.config.msam, "tasks": tasks_to_list(self.specs)}

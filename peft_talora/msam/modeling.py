@@ -21,7 +21,7 @@ from ..saving.loading import load_saved
 from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
 from .decoder import decode, token_decoder_state
-from .encoder import embeddings_by_task, encode_mixed, encode_tasks, given_embeddings
+from .encoder import embeddings_by_task, encode_tasks, given_embeddings
 from .families import FAMILIES, Family, family_of_model
 from .frozen import TaskDecoders
 from .loading import check_plain, load_sam
@@ -81,7 +81,7 @@ class MSamForMultiTask(SamPreTrainedModel):
             )
         self.task_specs: dict[str, TaskSpec] = config.task_specs
         self.shared_image_embedding = self.family.position_embedding(config)
-        self.vision_encoder = self.family.encoder(config.vision_config)
+        self.vision_encoder = self.family.encoder_class(config.vision_config)
         # the decoder is no PreTrainedModel and would not learn of it otherwise
         config.mask_decoder_config._attn_implementation = config._attn_implementation
         hidden_size = config.mask_decoder_config.hidden_size
@@ -263,7 +263,8 @@ class MSamForMultiTask(SamPreTrainedModel):
             image_index = {name: torch.nonzero(ids == t).flatten() for t, name in enumerate(self.task_specs)}
             check_all_labels(self.task_specs, labels, batch_size, image_index)
             if image_embeddings is None:
-                image_embeddings = encode_mixed(self, pixel_values, trunk_states, ids)
+                encoded = self.vision_encoder(pixel_values, trunk_states=trunk_states, branches=ids)
+                image_embeddings = self.family.features(self, encoded)
             embeddings = embeddings_by_task(image_embeddings, image_index)
 
         logits = {name: decode(self, name, embedding) for name, embedding in embeddings.items()}

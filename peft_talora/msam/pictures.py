@@ -84,14 +84,14 @@ def _from_pil(image: Image.Image, value_range: Range | None) -> np.ndarray:
 
 
 def _range_found(values: np.ndarray) -> Range:
-    found = grey_range(values)
-    if found[1] not in (1.0, 65535.0):
+    ends = grey_range(values)
+    if ends[1] not in (1.0, 65535.0):
         warnings.warn(
-            f"a picture of {values.dtype} with numbers up to {np.nanmax(values):g} is read as one of 0 to {found[1]:g}; `image_range` in "
+            f"a picture of {values.dtype} with numbers up to {np.nanmax(values):g} is read as one of 0 to {ends[1]:g}; `image_range` in "
             "the description of a folder says it for all its pictures",
             stacklevel=5,
         )
-    return found
+    return ends
 
 
 def _eight_bits(values: np.ndarray, value_range: Range | None) -> np.ndarray:

@@ -24,11 +24,6 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], states: States
     return tuple(function(tensor) for tensor in states)
 
 
-def first_tensor(states: States) -> torch.Tensor:
-    """A tensor itself, or the first one of a tuple."""
-    return states if isinstance(states, torch.Tensor) else states[0]
-
-
 def is_task_aware(module: nn.Module) -> bool:
     """Whether the output of a module depends on the task: its layers say so themselves."""
     return any(getattr(layer, "is_task_aware", False) for layer in module.modules())
@@ -83,12 +78,12 @@ class SplitEncoder(nn.Module):
             return states
         if branches is None:
             return self._branch(states)
+        first = states if isinstance(states, torch.Tensor) else states[0]
         if isinstance(branches, torch.Tensor):
-            ids = branches.to(first_tensor(states).device)
+            ids = branches.to(first.device)
         elif len(branches) == 1:
             ids = branches[0]
         else:
-            first = first_tensor(states)
             ids = torch.tensor(branches, device=first.device).repeat(first.shape[0])
             states = map_tensors(lambda rows: rows.repeat_interleave(len(branches), dim=0), states)
         with using_ids(self, ids):

@@ -29,12 +29,12 @@ class Routing:
     adapter_names: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True, eq=False)
 class OpenBlock:
     """A `with` block that is open: its routing, and the generator or coroutine that it was opened in, if any."""
 
-    def __init__(self, routing: Routing | None, owner: FrameType | None) -> None:
-        self.routing = routing
-        self.owner = owner
+    routing: Routing | None
+    owner: FrameType | None
 
 
 class OpenBlocks:

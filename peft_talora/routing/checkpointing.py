@@ -98,11 +98,12 @@ def _held_by(module: nn.Module) -> Iterator[nn.Module]:
             yield from _held_by(child)
 
 
-def add_checkpoint_hooks(model: nn.Module, is_tuned_layer: Callable[[nn.Module], bool]) -> None:
+def add_checkpoint_hooks(model: nn.Module, layer_class: type) -> None:
     """Hook every block of `model` that transformers may checkpoint and that holds a tuned layer, and what holds it."""
     for module in model.modules():
         blocks = [block for block in (module, *_held_by(module)) if hasattr(block, "gradient_checkpointing")]
-        if not _is_hooked(module) and any(is_tuned_layer(layer) for block in blocks for layer in block.modules()):
+        is_hooked = any(hook is _route_checkpoints for hook in module._forward_pre_hooks.values())
+        if not is_hooked and any(isinstance(layer, layer_class) for block in blocks for layer in block.modules()):
             module.register_forward_pre_hook(_route_checkpoints)
 
 
@@ -114,10 +115,6 @@ def remove_checkpoint_hooks(model: nn.Module) -> None:
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, RoutedCheckpoint):
             block._gradient_checkpointing_func = checkpoint.checkpoint
-
-
-def _is_hooked(block: nn.Module) -> bool:
-    return any(hook is _route_checkpoints for hook in block._forward_pre_hooks.values())
 
 
 def in_backward() -> bool:

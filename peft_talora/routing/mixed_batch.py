@@ -66,8 +66,7 @@ def route_adapters(
     """
     names = tuple(adapter_names)
     if task_ids is None:
-        current = router.override or Routing(dict(router.active))
-        return replace(current, adapter_names=names)
+        return replace(router.snapshot(), adapter_names=names)
     if isinstance(task_ids, str | int):
         raise ValueError(
             f"With adapter_names task_ids has one task per sample, {len(names)}, got the single {task_ids!r}."

@@ -152,14 +152,12 @@ class TaskRouter:
             state.close(block)
 
     def snapshot(self) -> Routing:
-        """Everything that decides the tasks of a forward now, to replay it later under activation checkpointing."""
+        """Everything that decides the tasks of a forward now, such as a later replay under activation checkpointing needs."""
         return self.override or Routing(dict(self.active))
 
 
-def check_batch_size(routing: Routing | None, batch_size: int) -> None:
+def check_batch_size(routing: Routing, batch_size: int) -> None:
     """Raise ValueError when a per-sample routing is not for `batch_size` samples."""
-    if routing is None:
-        return
     if routing.adapter_names is not None and len(routing.adapter_names) != batch_size:
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "

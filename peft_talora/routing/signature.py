@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 
 from torch import nn
 
-NAME = "task_ids"
+from .hooks import names_task_ids
 
 
 class _ShowsTaskIds:
@@ -39,7 +39,7 @@ def _class_with_task_ids(cls: Any) -> type:
     signature = inspect.signature(cls.forward)
     parameters = [
         *signature.parameters.values(),
-        inspect.Parameter(NAME, inspect.Parameter.KEYWORD_ONLY, default=None),
+        inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None),
     ]
     # **kwargs comes last
     shown = signature.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
@@ -55,7 +55,7 @@ def _class_with_task_ids(cls: Any) -> type:
 
 def show_task_ids(model: nn.Module) -> None:
     """Add `task_ids` to the signature of `model.forward`, unless it is there."""
-    if NAME not in inspect.signature(model.forward).parameters:
+    if not names_task_ids(model):
         model.__class__ = _class_with_task_ids(type(model))  # type: ignore[arg-type]
 
 

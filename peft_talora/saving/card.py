@@ -10,13 +10,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 
 from ..msam.tasks import TaskSpec
 
 METHOD_NAMES = {"TALORA": "TA-LoRA", "CONVLORA": "Conv-LoRA", "LORA": "LoRA"}
-METHOD_TAGS = {"TALORA": "ta-lora", "CONVLORA": "conv-lora", "LORA": "lora"}
 # the Hub's names of what a kind of task is; it has none for the others
 HUB_TASKS = {
     "semantic": "image-segmentation",
@@ -49,11 +48,11 @@ def model_card(
         hub_id: The adapter's name on the Hub, if it has one.
     """
     msam = model.get_base_model()
-    config = model.peft_config[model.active_adapter]
-    method = METHOD_NAMES.get(config.peft_type.value, config.peft_type.value)
+    peft_type = model.peft_config[model.active_adapter].peft_type.value
+    method = METHOD_NAMES.get(peft_type, peft_type)
     metrics = _measured(metrics)
     title = f"{method} adapter of a Segment Anything Model for {', '.join(msam.task_specs)}"
-    data = _card_data(config, msam, metrics, title=title, dataset=dataset, license=license, hub_id=hub_id)
+    data = _card_data(method, msam, metrics, title=title, dataset=dataset, license=license, hub_id=hub_id)
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
@@ -86,7 +85,7 @@ def _measured(metrics: dict[str, Any] | None) -> dict[str, dict[str, float]]:
 
 
 def _card_data(
-    config: PeftConfig,
+    method: str,
     msam: Any,
     metrics: dict[str, dict[str, float]],
     *,
@@ -95,7 +94,6 @@ def _card_data(
     license: str,
     hub_id: str | None,
 ) -> ModelCardData:
-    peft_type = config.peft_type.value
     results = [
         EvalResult(
             task_type=_hub_task(msam.task_specs.get(task)),
@@ -113,7 +111,7 @@ def _card_data(
         base_model=msam.name_or_path if is_hub_id(msam.name_or_path) else None,
         datasets=[dataset] if dataset is not None and is_hub_id(dataset) and "/" in dataset else None,
         license=license,
-        tags=["peft", METHOD_TAGS.get(peft_type, peft_type.lower()), "segment-anything"],
+        tags=["peft", method.lower(), "segment-anything"],
         model_name=(hub_id or title) if results else None,
         eval_results=results or None,
     )

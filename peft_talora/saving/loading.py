@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,21 +20,12 @@ from ..msam.loading import checkpoint_type
 from .adapter import MSAM_FILE, SavedAdapter
 from .card import is_hub_id
 from .placement import checked_dtype, place
+from .recipe import MSAM_FIELDS
 from .seal import CONFIG_FILE, WEIGHTS_FILE
 
 
-class MSamClass(Protocol):
-    """How the class of the mSAM makes one: `MSamForMultiTask`, which itself offers to load adapters."""
-
-    def from_sam(self, sam: Any, tasks: Any, image_size: int | None = None, channel_mode: str = "prompt") -> Any:
-        """An mSAM from a SAM."""
-
-    def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """An mSAM from its own checkpoint."""
-
-
 def load_saved(
-    msam_class: MSamClass,
+    msam_class: type[PreTrainedModel],
     path_or_hub_id: str | Path,
     base_model: PreTrainedModel | str | Path | None = None,
     is_trainable: bool = False,
@@ -49,7 +40,7 @@ def load_saved(
     """Load a saved mSAM adapter; arguments and errors are those of [`peft_talora.hub.load_adapter`].
 
     Args:
-        msam_class: The class of the mSAM, `MSamForMultiTask`.
+        msam_class: `MSamForMultiTask`, which itself offers to load adapters.
     """
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"`adapter_name` must be a name without dots, got {adapter_name!r}.")
@@ -84,7 +75,7 @@ def _download(hub_id: str, **download: Any) -> Path:
         ) from error
 
 
-def _base_msam(msam_class: MSamClass, base_model: Any, adapter: SavedAdapter) -> PreTrainedModel:
+def _base_msam(msam_class: type[PreTrainedModel], base_model: Any, adapter: SavedAdapter) -> PreTrainedModel:
     trained_on = adapter.config.base_model_name_or_path
     if base_model is None:
         base_model = trained_on
@@ -97,7 +88,7 @@ def _base_msam(msam_class: MSamClass, base_model: Any, adapter: SavedAdapter) ->
         base_model = msam_class.from_pretrained(base_model)
     msam = base_model
     if not (isinstance(base_model, PreTrainedModel) and is_msam(base_model)):
-        recipe = {name: adapter.recipe[name] for name in ("tasks", "image_size", "channel_mode")}
+        recipe = {name: adapter.recipe[name] for name in MSAM_FIELDS}
         try:
             family = None if isinstance(base_model, str | Path) else family_of_model(base_model)
             if family is not None:

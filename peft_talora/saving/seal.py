@@ -39,11 +39,6 @@ def seal(path: Path, settings: Mapping[str, Any] | None = None, weights: Path | 
     path.write_text(json.dumps({**values, SEAL: entry}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object as the other files of an adapter are written."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 

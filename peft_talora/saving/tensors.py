@@ -46,10 +46,10 @@ class TensorKind(NamedTuple):
     is_floating_point: bool
     required: bool = True
 
-
-def kind_of(tensor: torch.Tensor, required: bool = True) -> TensorKind:
-    """The kind of a tensor."""
-    return TensorKind(tuple(tensor.shape), tensor.is_floating_point(), required)
+    @classmethod
+    def of(cls, tensor: torch.Tensor, required: bool = True) -> TensorKind:
+        """The kind of a tensor."""
+        return cls(tuple(tensor.shape), tensor.is_floating_point(), required)
 
 
 def weightless_twin(model: nn.Module, config: PeftConfig) -> PeftModel:
@@ -66,11 +66,11 @@ def weightless_twin(model: nn.Module, config: PeftConfig) -> PeftModel:
 def adapter_tensors(twin: PeftModel) -> dict[str, TensorKind]:
     """The tensors that a saved adapter has, from a [`weightless_twin`]."""
     state, _ = split_settings(get_peft_model_state_dict(twin, save_embedding_layers=False))
-    kinds = {name: kind_of(value) for name, value in state.items()}
-    for name, module in _modules_saved(twin, "default"):
+    kinds = {name: TensorKind.of(value) for name, value in state.items()}
+    for name, module in modules_saved(twin, "default"):
         for key, value in module.state_dict().items():
             # older files have parts that are saved no more
-            kinds.setdefault(f"{name}.{key}", kind_of(value, required=False))
+            kinds.setdefault(f"{name}.{key}", TensorKind.of(value, required=False))
     return kinds
 
 
@@ -79,7 +79,7 @@ def try_to_load(twin: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(twin, {name: value.to("meta") for name, value in tensors.items()})
 
 
-def _modules_saved(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+def modules_saved(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
     """What is trained in full beside the adapter: `(name in a file, module)`."""
     for name, wrapper in model.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
@@ -91,7 +91,7 @@ def without_unsaved(model: nn.Module, adapter_name: str, state: Mapping[str, tor
 
     Older files have the frozen heads of mask decoders; PEFT has renamed all that it loads, and these names are left.
     """
-    unsaved = {f"{name}.{key}" for name, module in _modules_saved(model, adapter_name) for key in module.state_dict()}
+    unsaved = {f"{name}.{key}" for name, module in modules_saved(model, adapter_name) for key in module.state_dict()}
     return {name: value for name, value in state.items() if name not in unsaved}
 
 
@@ -172,12 +172,10 @@ def check_tensors(whence: str | Path, tensors: Mapping[str, torch.Tensor], expec
         if value.is_floating_point() != is_floating_point:
             raise ValueError(f"{whence}: the tensor '{name}' has another type of numbers than in the model.")
     for name, value in tensors.items():
-        check_finite(whence, name, value)
+        _check_finite(whence, name, value)
 
 
-def check_adapter_state(
-    model: nn.Module, adapter_name: str, prefix: str, state: Mapping[str, torch.Tensor], whence: str = "The adapter"
-) -> None:
+def check_adapter_state(model: nn.Module, adapter_name: str, prefix: str, state: Mapping[str, torch.Tensor]) -> None:
     """Refuse an adapter's state that PEFT is about to load into a model.
 
     Args:
@@ -185,7 +183,6 @@ def check_adapter_state(
         adapter_name: Its name there.
         prefix: What the adapter's parameters begin with, such as "talora_".
         state: `{name in the model: tensor}`.
-        whence: How the message calls the state.
 
     Raises:
         ValueError: A tensor of the adapter is missing, unknown, or not finite. The message names it. Shapes are left to
@@ -198,9 +195,9 @@ def check_adapter_state(
     stripped = {name: name.removeprefix(PEFT_PREFIX) for name in state if name not in in_model}
     state = {stripped[name] if stripped.get(name) in in_model else name: value for name, value in state.items()}
     required = {name for name in in_model if f".{prefix}" in name and name.endswith(f".{adapter_name}")}
-    _check_names(whence, state, required, in_model)
+    _check_names("The adapter", state, required, in_model)
     for name, value in state.items():
-        check_finite(whence, name, value)
+        _check_finite("The adapter", name, value)
 
 
 def _check_names(
@@ -216,7 +213,7 @@ def _check_names(
             raise ValueError(f"{whence}: the tensor '{wrong[0]}'{more} {problem}.")
 
 
-def check_finite(whence: str | Path, name: str, value: torch.Tensor) -> None:
+def _check_finite(whence: str | Path, name: str, value: torch.Tensor) -> None:
     """Raise ValueError unless all numbers of a tensor are finite; one without numbers (on the meta device) passes."""
     if value.device.type == "meta":
         return

@@ -10,7 +10,7 @@ from typing import Any
 from ..registration import add_peft_type
 from ..routing.names import validate_task_names
 from ..saving.tensors import Shape, check_sizes
-from ..tuner.checks import check_number, check_positive_int, check_probability
+from ..tuner.checks import check_number, check_positive_int, check_probability, is_int
 from ..tuner.config import TargetsConfig
 
 # the names of projections that are no fused one
@@ -141,10 +141,10 @@ class TALoraConfig(TargetsConfig):
             raise ValueError(f"`active_task` must be one of the tasks {self.tasks}, got {self.active_task!r}.")
 
     def _check_added_tasks(self) -> None:
-        number = self.added_tasks
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self.tasks or [None]):
+        if not is_int(self.added_tasks, 0) or self.added_tasks >= len(self.tasks or [None]):
             raise ValueError(
-                f"`added_tasks` must be how many of the tasks {self.tasks} were added to the first ones, got {number!r}."
+                f"`added_tasks` must be how many of the tasks {self.tasks} were added to the first ones, got "
+                f"{self.added_tasks!r}."
             )
 
     def warn_of_shared_starts(self) -> None:

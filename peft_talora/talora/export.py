@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,9 +14,10 @@ from ..msam.adapter import is_msam
 from ..msam.families import side
 from ..routing.requests import task_index
 from ..saving.directory import written_aside
+from ..saving.seal import WEIGHTS_FILE
+from ..saving.settings import PEFT_PREFIX
+from ..saving.tensors import modules_saved
 from .layer import TALoraLinear
-
-PREFIX = "base_model.model."
 
 
 def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
@@ -49,12 +49,11 @@ def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[st
     state: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         index = task_index(task, layer.task_router.tasks[adapter_name])
-        state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = _lora_factors(
-            layer, adapter_name, index
-        )
-    trained = _trained_in_full(base, adapter_name)
+        A, B = _lora_factors(layer, adapter_name, index)
+        state |= {f"{PEFT_PREFIX}{name}.lora_A.weight": A, f"{PEFT_PREFIX}{name}.lora_B.weight": B}
+    trained = {name: module for name, module in modules_saved(base, adapter_name) if _fits_base(base, name)}
     for name, module in trained.items():
-        state |= {f"{PREFIX}{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
+        state |= {f"{PEFT_PREFIX}{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
     rank = min(min(layer.r_in[adapter_name], layer.r_out[adapter_name]) for layer in layers.values())
     config = LoraConfig(
         r=rank,
@@ -86,7 +85,7 @@ def save_task_as_lora(model: nn.Module, task: str | int, directory: str | Path) 
     config, state = task_to_lora(model, task)
     with written_aside(Path(directory)) as aside:
         config.save_pretrained(aside)
-        save_file(state, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(state, aside / WEIGHTS_FILE, metadata={"format": "pt"})
     return Path(directory)
 
 
@@ -112,17 +111,6 @@ def _fits_base(base: nn.Module, name: str) -> bool:
     return not (is_msam(base) and name.startswith(("mask_decoders.", "no_mask_embeds.")))
 
 
-def _trained_in_full(base: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """The modules that were trained in full, by their names in the model."""
-    return {
-        name: module.modules_to_save[adapter_name]
-        for name, module in base.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-        and adapter_name in module.modules_to_save
-        and _fits_base(base, name)
-    }
-
-
 def _also_matched(base: nn.Module, names: Iterable[str]) -> list[str]:
     """Linear layers that are not tuned, although PEFT takes one of these full names for the end of theirs."""
     names = set(names)
@@ -134,9 +122,9 @@ def _also_matched(base: nn.Module, names: Iterable[str]) -> list[str]:
 def _check_image_size(base: nn.Module) -> None:
     if not is_msam(base):
         return
-    own, sams = base.config.image_size, side(base.config.prompt_encoder_config.image_size)
-    if own != sams:
+    image_size, of_sam = base.config.image_size, side(base.config.prompt_encoder_config.image_size)
+    if image_size != of_sam:
         raise ValueError(
-            f"The mSAM works at image_size={own}, its SAM at {sams}: a LoRA cannot carry the resized position "
+            f"The mSAM works at image_size={image_size}, its SAM at {of_sam}: a LoRA cannot carry the resized position "
             "embeddings. Use task_to_sam, which gives a whole model."
         )

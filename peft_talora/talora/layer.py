@@ -39,20 +39,12 @@ class TALoraLayer(MergingLayer):
         self.talora_dropout = nn.ModuleDict({})
         self.talora_own_row = OwnRows()
         share_state(self)
-        # the one task that the layer belongs to, whatever the forward is for; None outside of the decoders of an mSAM
-        self.own_task: str | None = None
 
     @property
     def is_task_aware(self) -> bool:
         """Whether the output depends on the task that the forward is for."""
         is_active = not self.disable_adapters and any(name in self.talora_G for name in self.active_adapters)
         return is_active and self.own_task is None
-
-    def task_of(self, adapter_name: str) -> int | torch.Tensor:
-        """The index of the layer's task now, or of each sample's task, a LongTensor (B,)."""
-        if self.own_task is None:
-            return super().task_of(adapter_name)
-        return self.task_router.tasks[adapter_name].index(self.own_task)
 
     def update_layer(self, adapter_name: str, config: TALoraConfig, name: str = "") -> None:
         """Add the factors of the adapter `adapter_name`.
@@ -124,16 +116,13 @@ class TALoraLayer(MergingLayer):
         U1, U2 = self.talora_U1[adapter_name], self.talora_U2[adapter_name]
         G = self.talora_G[adapter_name].permute(2, 0, 1)
         grams = [(U1.T @ U1)[None], (U2.T @ U2)[None], G.mT @ G]
-        return torch.cat([torch.linalg.matrix_norm(gram - _eye_like(gram)) for gram in grams])
+        eyes = [torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) for gram in grams]
+        return torch.cat([torch.linalg.matrix_norm(gram - eye) for gram, eye in zip(grams, eyes, strict=True)])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter `adapter_name` and its tasks."""
         super().delete_adapter(adapter_name)
         self.task_router.forget(adapter_name)
-
-
-def _eye_like(gram: torch.Tensor) -> torch.Tensor:
-    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 class TALoraLinear(nn.Module, TALoraLayer):

@@ -27,12 +27,16 @@ class MergingLayer(PluginLayer):
     def __init__(self, base_layer: nn.Module, task_router: TaskRouter, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.task_router = task_router
+        # the one task that the layer belongs to, whatever the forward is for; None outside of the decoders of an mSAM
+        self.own_task: str | None = None
         # the task that each merged adapter was merged for
         self.merged_tasks: dict[str, int] = {}
 
     def task_of(self, adapter_name: str) -> int | torch.Tensor:
         """The index of the task that the layer computes now, or of each sample's task, a LongTensor (B,)."""
-        return self.task_router.task_of(adapter_name)
+        if self.own_task is None:
+            return self.task_router.task_of(adapter_name)
+        return self.task_router.tasks[adapter_name].index(self.own_task)
 
     def get_delta_weight(self, adapter: str, task: int | None = None) -> torch.Tensor:
         """The update of a task, the active one when None, in the form of the base layer's weight."""

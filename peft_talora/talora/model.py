@@ -49,6 +49,7 @@ class TALoraModel(PluginTuner):
     **Attributes**:
         - **model** ([`~torch.nn.Module`]) -- The model to be adapted.
         - **peft_config** ([`TALoraConfig`]): The configuration of the TA-LoRA model.
+        - **task_router** ([`TaskRouter`]): Says which task each sample of a forward belongs to.
     """
 
     prefix: str = "talora_"
@@ -58,13 +59,8 @@ class TALoraModel(PluginTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # before the layers are made: they share it, also with those of an earlier injection into the same model
         routers = find_routers(model)
-        object.__setattr__(self, "_task_router", routers[0] if routers else TaskRouter())
+        self.task_router = routers[0] if routers else TaskRouter()
         super().__init__(model, *args, **kwargs)
-
-    @property
-    def task_router(self) -> TaskRouter:
-        """Says which task each sample of a forward belongs to."""
-        return self._task_router
 
     def _prepare_model(self, peft_config: TALoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)

@@ -52,11 +52,6 @@ class PluginLayer(BaseTunerLayer):
         self.in_features, self.out_features = in_features, out_features
         layer_made()
 
-    @property
-    def is_task_aware(self) -> bool:
-        """Whether the output depends on the task that the forward is for."""
-        return False
-
     def base_result(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output, to which an update can be added."""
         result = self.base_layer(x, *args, **kwargs)

@@ -127,7 +127,7 @@ class PluginTuner(BaseTuner):
                 module.to(device)
 
     def _add_hooks(self) -> None:
-        add_checkpoint_hooks(self.model, lambda module: isinstance(module, self.tuner_layer_cls))
+        add_checkpoint_hooks(self.model, self.tuner_layer_cls)
 
     def _remove_hooks(self) -> None:
         remove_checkpoint_hooks(self.model)

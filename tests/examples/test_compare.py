@@ -9,7 +9,7 @@ import compare as script
 import pytest
 from comparison.jobs import Job, run_if_missing
 from comparison.methods import RATE_FACTORS, ROWS, Entry
-from comparison.plan import Amount, Plan
+from comparison.plan import Amount, Cell, Plan
 from comparison.report import set_parameter_axis
 from comparison.results import paired_differences, read_result
 from training.stopping import run_script
@@ -88,7 +88,7 @@ class TestUsersData:
 
     def test_amounts_that_there_are(self):
         args, _ = script.parse_args(["--few-labels", "--methods", "lora", "--seeds", "0"])
-        amounts = {amount for _, amount, _ in script.cells(args, 100)}
+        amounts = {cell.amount for cell in script.cells(args, 100)}
         assert {str(amount) for amount in amounts} == {
             "100 images", "100 images, each labelled for one task", "16 images", "64 images",
         }  # fmt: skip
@@ -249,9 +249,10 @@ class TestNumbers:
         results = []
         for name, seeds in (("decoder", (1, 2, 3)), ("lora", (3, 1)), ("talora", (1, 2, 3))):
             for seed in seeds:
-                for job in plan.jobs(Entry(name), rates, amount, seed).values():
+                cell = Cell(Entry(name), amount, seed)
+                for job in plan.jobs(cell, rates).values():
                     job.run(None)
-                results.append(read_result(plan, Entry(name), rates, amount, seed))
+                results.append(read_result(plan, cell, rates))
         found = paired_differences(results, Entry("talora"), Entry("lora"), amount)
         assert found == pytest.approx([21 - 10, 23 - 10])
 
@@ -261,19 +262,19 @@ class TestNumbers:
         errors = {}
         runs = [(Amount(8), 1, "test"), (Amount(8), 2, "test"), (Amount(16), 1, "test"),
                 (Amount(8, one_task_each=True), 1, "test"), (Amount(8), 1, "validation")]  # fmt: skip
-        for number, cell in enumerate(runs):
+        for number, rest in enumerate(runs):
             for name, error in (("decoder", 1.0 + number), ("lora", 0.5)):
-                (job,) = plan.jobs(Entry(name), rates, *cell).values()
+                (job,) = plan.jobs(Cell(Entry(name), *rest), rates).values()
                 errors[job.folder] = error
         assert len(errors) == 2 * len(runs)
         values = {"trainable_parameters": 1, "adapter_bytes": 1, "train_seconds": 1.0, "steps": 1}
         monkeypatch.setattr(Job, "result", lambda job: values | {"tasks": {"depth": {"abs_err": errors[job.folder]}}})
-        for number, cell in enumerate(runs):
-            found = read_result(plan, Entry("lora"), rates, *cell)
-            assert found.delta_b == pytest.approx(100 * (0.5 + number) / (1.0 + number)), cell
+        for number, rest in enumerate(runs):
+            found = read_result(plan, Cell(Entry("lora"), *rest), rates)
+            assert found.delta_b == pytest.approx(100 * (0.5 + number) / (1.0 + number)), rest
 
     def test_unfinished(self, tmp_path):
-        assert read_result(Plan(tmp_path, TASKS, {}), Entry("lora"), {"lora": 1.0}, Amount(8), 0) is None
+        assert read_result(Plan(tmp_path, TASKS, {}), Cell(Entry("lora"), Amount(8), 0), {"lora": 1.0}) is None
 
 
 @pytest.mark.slow

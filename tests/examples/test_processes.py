@@ -61,7 +61,8 @@ def in_float64(script):
 def launch(processes, runs):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (Path(script.__file__).parent, Path(__file__).parents[1])))
+    here = (Path(script.__file__).parent, Path(__file__).parents[1], os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, here))
     program = Path(runs[0][runs[0].index("--output-dir") + 1]).parent / "runs.py"
     program.write_text(RUNS)
     done = subprocess.run(

@@ -161,8 +161,8 @@ def _color_map(fields: Mapping[str, Any], spec: TaskSpec, where: str) -> dict[in
                 raise ValueError(
                     f"{where}.colors.{quoted(label)}: expected [r, g, b] of 0 to 255, or a list of such, got {quoted(triple)}"
                 )
-            number, wanted = int(packed_colors(triple)), _class(label, spec, f"{where}.colors")
-            if colors.setdefault(number, wanted) != wanted:
+            color, class_number = int(packed_colors(triple)), _class(label, spec, f"{where}.colors")
+            if colors.setdefault(color, class_number) != class_number:
                 raise ValueError(f"{where}.colors: {triple} stands for two classes")
     return colors
 

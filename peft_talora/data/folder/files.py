@@ -33,18 +33,19 @@ class FolderFiles:
 
 def find_files(folder: Path, description: FolderDescription) -> FolderFiles:
     """Find images and labels; ValueError where there are none, or where it is not clear which file is meant."""
-    candidates = {name: find(folder, pattern) for name, pattern in _patterns(description)}
+    tasks = description.tasks.items()
+    candidates = {(name, pattern): find(folder, pattern) for name, task in tasks for pattern in task.files}
     images = _without_labels(find(folder, description.images), candidates.values())
     if not images:
         raise ValueError(f"{description.source}: images: no image file fits {description.images!r} in {str(folder)!r}")
-    found = FolderFiles(images, {})
-    for name, task in description.tasks.items():
+    folder_files = FolderFiles(images, {})
+    for name, task in tasks:
         files: dict[str, Path] = {}
         for pattern in reversed(task.files):
             files.update(candidates[name, pattern])
         files, orphans = _match(files, images, f"{description.source}: tasks.{name}.files")
         if files:
-            found.labels[name] = files
+            folder_files.labels[name] = files
         elif not task.optional:
             example = next(iter(images))
             raise ValueError(
@@ -54,12 +55,12 @@ def find_files(folder: Path, description: FolderDescription) -> FolderFiles:
                 + (f", and {str(orphans[0])!r} belongs to no image" if orphans else "")
             )
         if orphans:
-            found.orphans[name] = orphans
-    if not found.labels:
+            folder_files.orphans[name] = orphans
+    if not folder_files.labels:
         raise ValueError(
             f"{description.source}: tasks: {str(folder)!r} has label files for none of {list(description.tasks)}"
         )
-    return found
+    return folder_files
 
 
 def find(folder: Path, pattern: str) -> dict[str, Path]:
@@ -70,7 +71,7 @@ def find(folder: Path, pattern: str) -> dict[str, Path]:
     """
     before, name, after = pattern.partition(NAME)
     start = folder / (before.rpartition("/")[0] if name else pattern)
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(_walk(start)):
         if name:
             key = _between(path.relative_to(folder).as_posix(), before, after)
@@ -78,10 +79,10 @@ def find(folder: Path, pattern: str) -> dict[str, Path]:
             key = path.relative_to(start).with_suffix("").as_posix() if path.suffix.lower() in SUFFIXES else ""
         if not key:
             continue
-        if key in found:
-            raise ValueError(f"{found[key]} and {path} have the same name: which one counts?")
-        found[key] = path
-    return found
+        if key in files:
+            raise ValueError(f"{files[key]} and {path} have the same name: which one counts?")
+        files[key] = path
+    return files
 
 
 def _between(path: str, before: str, after: str) -> str:
@@ -113,10 +114,6 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Pat
             yield from _walk(folder / entry.name, (*above, here))
         elif entry.is_file():
             yield folder / entry.name
-
-
-def _patterns(description: FolderDescription) -> list[tuple[tuple[str, str], str]]:
-    return [((name, pattern), pattern) for name, task in description.tasks.items() for pattern in task.files]
 
 
 def _without_labels(images: dict[str, Path], labels: Iterable[Mapping[str, Path]]) -> dict[str, Path]:

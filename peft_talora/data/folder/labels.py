@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ...kinds import doubts
-from ..images import LabelValues, read_header, read_label_values
+from ..images import read_header, read_label_values
 from .description import ImageReading, TaskFiles
 from .fields import packed_colors
 
@@ -43,38 +43,27 @@ def read_label(
         ValueError: If the file cannot be read, has another size than the image, or holds numbers that are not possible.
             The message names the file and the field.
     """
-    label, doubt = convert_label(path, task, size, where, image, reading)
+    content = read_label_values(path, task.by_color, reading.upright, reading.max_megapixels)
+    kind, num_channels = task.spec.task_kind, task.spec.num_channels
+    try:
+        if content.lossy:
+            _refuse_lossy(task)
+        values = packed_colors(content.values)[None] if task.by_color else content.values
+        values = _checked_shape(values, 1 if kind.layout == "map" else num_channels)
+        if size is not None and values.shape[1:] != tuple(size):
+            raise ValueError(_other_size(values.shape[1:], size, image))
+        label = kind.from_numbers(values, task, num_channels)
+        if content.lossy and kind.is_direction:
+            label = _without_borders(label)
+    except ValueError as error:
+        raise ValueError(f"{path} ({where}): {error}") from error
+    doubt = _doubt(values, label, task)
     if doubt is not None:
         doubts.tell(where, doubt, place=str(path))
     return label
 
 
-def convert_label(
-    path: Path,
-    task: TaskFiles,
-    size: tuple[int, int] | None,
-    where: str,
-    image: str | None = None,
-    reading: ImageReading = _AS_A_PERSON_SEES_IT,
-) -> tuple[np.ndarray, str | None]:
-    """As [`read_label`], and what is odd in a file that is possible."""
-    found = read_label_values(path, task.by_color, reading.upright, reading.max_megapixels)
-    kind, num_channels = task.spec.task_kind, task.spec.num_channels
-    try:
-        _refuse_lossy(found, task)
-        values = packed_colors(found.values)[None] if task.by_color else found.values
-        values = _checked_shape(values, 1 if kind.layout == "map" else num_channels)
-        if size is not None and values.shape[1:] != tuple(size):
-            raise ValueError(_other_size(values.shape[1:], size, image))
-        label = kind.from_numbers(values, task, num_channels)
-        if found.lossy and kind.is_direction:
-            label = _without_borders(label)
-        return label, doubt_numbers(values, label, task)
-    except ValueError as error:
-        raise ValueError(f"{path} ({where}): {error}") from error
-
-
-def doubt_numbers(values: np.ndarray, label: np.ndarray, task: TaskFiles) -> str | None:
+def _doubt(values: np.ndarray, label: np.ndarray, task: TaskFiles) -> str | None:
     """What is odd in a file's numbers (C, H, W), given what became of them."""
     if task.class_map is not None:
         if (label < 0).all() and not task.is_ignored(values).all():
@@ -90,9 +79,9 @@ def doubt_numbers(values: np.ndarray, label: np.ndarray, task: TaskFiles) -> str
     return None
 
 
-def _refuse_lossy(found: LabelValues, task: TaskFiles) -> None:
+def _refuse_lossy(task: TaskFiles) -> None:
     kind = task.spec.task_kind
-    if found.lossy and (kind.has_classes or (kind.largest_label(1) == 1 and task.threshold is None)):
+    if kind.has_classes or (kind.largest_label(1) == 1 and task.threshold is None):
         what = "colours" if task.by_color else "numbers"
         cure = "" if kind.has_classes else ", or say `threshold: 128` for a black and white mask"
         raise ValueError(f"JPEG changes {what}, so that there is no telling which one was meant: save it as PNG{cure}")
@@ -106,18 +95,18 @@ def _checked_shape(values: np.ndarray, channels: int) -> np.ndarray:
     elif values.ndim == 3 and shape[-1] == channels and shape[0] != channels:
         values = np.moveaxis(values, -1, 0)
     if values.ndim != 3 or values.shape[0] != channels:
-        wanted = "one number" if channels == 1 else f"{channels} numbers"
+        expected = "one number" if channels == 1 else f"{channels} numbers"
         colors = (
             "; where its colours are classes, say `colors: {class: [r, g, b]}`" if shape[-1:] in ((3,), (4,)) else ""
         )
-        raise ValueError(f"expected {wanted} for each pixel, got an array of shape {shape}{colors}")
+        raise ValueError(f"expected {expected} for each pixel, got an array of shape {shape}{colors}")
     return values
 
 
-def _other_size(found: tuple[int, ...], size: tuple[int, int], image: str | None) -> str:
-    message = f"the label is {found[1]} x {found[0]} pixels, its image {size[1]} x {size[0]}"
+def _other_size(label: tuple[int, ...], size: tuple[int, int], image: str | None) -> str:
+    message = f"the label is {label[1]} x {label[0]} pixels, its image {size[1]} x {size[0]}"
     header = None if image is None else read_header(image, np.inf)
-    if header is not None and header.orientation >= 5 and header.size == tuple(found):
+    if header is not None and header.orientation >= 5 and header.size == tuple(label):
         message += (
             f": the image was turned as its EXIF orientation ({header.orientation}) says, and the label was not. Turn the label, "
             "or say `exif: false` where labels belong to the pixels as they are stored"

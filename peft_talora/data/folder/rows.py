@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...kinds import TaskSpec
 from ..columns import IMAGE_COLUMN, task_column
 from ..extras import import_datasets
 from ..images import found_range, read_header, read_image
@@ -50,10 +49,7 @@ def load_folder_dataset(folder: str | Path, description: Mapping[str, Any] | Non
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"dataset folder {str(folder)!r} does not exist")
-    if description is None:
-        parsed = read_description(folder)
-    else:
-        parsed = parse_description(description, str(folder))
+    parsed = read_description(folder) if description is None else parse_description(description, str(folder))
     files = find_files(folder, parsed)
     splits = split_names(folder, parsed, files.images)
     if parsed.reading.value_range is None:
@@ -128,32 +124,22 @@ def _common_range(description: FolderDescription, files: FolderFiles) -> tuple[f
 
 
 def _dataset_dict(description: FolderDescription, files: FolderFiles, splits: Mapping[str, Sequence[str]]) -> Any:
-    datasets: Any = import_datasets()
-
-    class FolderDatasetDict(datasets.DatasetDict):
-        """Splits that know their tasks, and where they are from."""
-
-        tasks: dict[str, TaskSpec]
-        description: FolderDescription
-        files: FolderFiles
-        left_out: list[str]
-        content: str
-
-    labels = files.labels
+    datasets, labels = import_datasets(), files.labels
     columns = {name: task_column(name) for name in labels}
     rows = FolderRows(
         {columns[name]: (f"{description.source}: tasks.{name}", description.tasks[name]) for name in labels},
         description.reading,
     )
     features = datasets.Features({column: datasets.Value("string") for column in (IMAGE_COLUMN, *columns.values())})
-    found = FolderDatasetDict()
+    dataset = datasets.DatasetDict()
     for split, names in splits.items():
         paths: dict[str, list[str | None]] = {IMAGE_COLUMN: [str(files.images[name]) for name in names]}
         for task, matched in labels.items():
             paths[columns[task]] = [str(matched[name]) if name in matched else None for name in names]
-        found[split] = datasets.Dataset.from_dict(paths, features=features).with_transform(rows)
-    found.tasks = {name: description.tasks[name].spec for name in labels}
-    found.description, found.files, found.content = description, files, repr(description)
+        dataset[split] = datasets.Dataset.from_dict(paths, features=features).with_transform(rows)
+    # beside the splits: what their tasks are, and where they are from
+    dataset.tasks = {name: description.tasks[name].spec for name in labels}
+    dataset.description, dataset.files, dataset.content = description, files, repr(description)
     used = {name for names in splits.values() for name in names}
-    found.left_out = [name for name in files.images if name not in used]
-    return found
+    dataset.left_out = [name for name in files.images if name not in used]
+    return dataset

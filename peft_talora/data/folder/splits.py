@@ -22,28 +22,25 @@ def split_names(folder: Path, description: FolderDescription, images: Mapping[st
         return _subfolders(images, description.skip_splits, where)
     names, lookup = list(images), NameLookup(folder, images)
     splits = {}
-    parts = dict(description.splits)
-    for split, value in parts.items():
+    for split, value in description.splits.items():
+        place = f"{where}.{split}"
         if isinstance(value, list | str):
-            listed = (
-                [[name] for name in value] if isinstance(value, list) else read_lines(folder / value, where, split)
-            )
-            splits[split] = lookup.names(listed, f"{where}.{split}")
+            listed = [[name] for name in value] if isinstance(value, list) else read_lines(folder / value, place)
+            splits[split] = lookup.names(listed, place)
     _warn_of_twins(splits, where)
-    splits = _split_fractions(parts, names, splits)
+    splits = _split_fractions(description.splits, names, splits)
     empty = [split for split, members in splits.items() if not members]
     if empty:
         raise ValueError(f"{where}.{empty[0]}: no image is left for it, there are {len(names)}")
     return splits
 
 
-def read_lines(file: Path, where: str, split: str) -> list[list[str]]:
+def read_lines(file: Path, where: str) -> list[list[str]]:
     """A file of names: for each of its lines what may be a name, the most likely reading first.
 
     Each line is a name, with or without the file's suffix and folder. Comments begin with #. What follows the name after a
     blank, a tab or a comma is a label of it (or, if all of them are images, another name).
     """
-    where = f"{where}.{split}"
     if not file.is_file():
         raise ValueError(f"{where}: there is no file {str(file)!r}")
     try:
@@ -91,7 +88,7 @@ class NameLookup:
         name = self._one(line)
         if name is not None:
             return [name]
-        words = [word for word in line.replace(",", " ").replace("\t", " ").split() if word]
+        words = line.replace(",", " ").split()
         if len(words) < 2:
             return None
         names = [self._one(word) for word in words]
@@ -143,7 +140,7 @@ def _warn_of_twins(splits: Mapping[str, list[str]], where: str) -> None:
 
 
 def _split_fractions(
-    wanted: Mapping[str, Any], names: list[str], listed: dict[str, list[str]]
+    described: Mapping[str, Any], names: list[str], listed: dict[str, list[str]]
 ) -> dict[str, list[str]]:
     """Add the splits that are fractions of all images, and "train" with what is left where nobody names it.
 
@@ -153,7 +150,7 @@ def _split_fractions(
     free = [name for name in names if name not in taken]
     order = [free[index] for index in np.random.default_rng(0).permutation(len(free))]
     splits = dict(listed)
-    for split, fraction in wanted.items():
+    for split, fraction in described.items():
         if split not in listed:
             number = max(1, round(fraction * len(names)))
             splits[split], order = sorted(order[:number]), order[number:]

@@ -11,7 +11,8 @@ from typing import Any
 from ..rows import place_of
 from .summary import SplitSummary, TaskSummary
 
-_SHOWN = 5
+# So many broken rows are told of, and so many classes.
+_SHOWN, _LISTED = 5, 8
 # Rooms are smaller, streets hardly longer: in centimetres a room would be.
 _FAR = 100.0
 
@@ -42,27 +43,27 @@ def find_problems(
         source: What they are from; a folder knows which of its files were not used.
         skip_bad_files: Whether rows that cannot be read are left out; else they are errors.
     """
-    found = Findings()
+    findings = Findings()
     for split, summary in summaries.items():
         if summary.errors and skip_bad_files:
             number = len(summary.errors)
-            found.notes.append(f"{split}: {number} of {summary.rows} rows are left out, they cannot be read")
+            findings.notes.append(f"{split}: {number} of {summary.rows} rows are left out, they cannot be read")
         elif summary.errors:
-            found.errors.append(_broken(split, summary))
-        found.warnings += _doubted(split, splits[split], summary)
+            findings.errors.append(_broken(split, summary))
+        findings.warnings += _doubted(split, splits[split], summary)
     train = summaries.get("train")
     for name, task in train.tasks.items() if train else ():
         if task.images and not task.labelled_images:
-            found.errors.append(
+            findings.errors.append(
                 f"train: none of the {task.images} images is labelled for the task {name!r}: nothing can be learnt"
             )
         elif task.images:
-            found.warnings += [f"train: {name}: {odd}" for odd in _odd_labels(task)]
+            findings.warnings += [f"train: {name}: {odd}" for odd in _odd_labels(task)]
         others = {split: summary.tasks[name] for split, summary in summaries.items() if split != "train"}
-        found.warnings += _odd_elsewhere(name, task, others)
-    found.warnings += _twins(splits, summaries)
-    found.notes += [*_partners(splits, summaries), *_unused(source)]
-    return found
+        findings.warnings += _odd_elsewhere(name, task, others)
+    findings.warnings += _twins(splits, summaries)
+    findings.notes += [*_partners(splits, summaries), *_unused(source)]
+    return findings
 
 
 def _broken(split: str, summary: SplitSummary) -> str:
@@ -147,5 +148,6 @@ def _unused(source: Any) -> Iterator[str]:
         yield f"{len(left_out)} images are in no split, such as {left_out[0]!r}"
 
 
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _listed(names: list[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(map(repr, names[:_LISTED])) + (f" and {more} more" if more > 0 else "")

@@ -52,10 +52,10 @@ def examine_rows(
     with ThreadPoolExecutor(threads) as pool:
         results = pool.map(examine, range(len(rows)))
         shown = tqdm(results, desc=f"checking {title}", total=len(rows), leave=False, disable=not progress)
-        found = list(shown)
+        examined = list(shown)
     if cache:
-        _store(cache, {key: row for key, row in zip(keys, found, strict=True) if key and "error" not in row})
-    return found
+        _store(cache, {key: row for key, row in zip(keys, examined, strict=True) if key and "error" not in row})
+    return examined
 
 
 def cache_file(source: str, split: str, tasks: Mapping[str, TaskSpec]) -> Path:
@@ -82,12 +82,12 @@ def _load(cache: Path | None) -> dict[str, Any]:
         return {}
 
 
-def _store(cache: Path, found: Mapping[str, Any]) -> None:
-    """Keep it if that is possible; the next time it is read again otherwise."""
+def _store(cache: Path, rows: Mapping[str, Any]) -> None:
+    """Keep what was found of rows if that is possible; the next time it is read again otherwise."""
     part = cache.with_suffix(f".{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(found), encoding="utf-8")
+        part.write_text(json.dumps(rows), encoding="utf-8")
         part.replace(cache)
     except OSError:
         part.unlink(missing_ok=True)

@@ -49,21 +49,21 @@ def examine_label(spec: TaskSpec, label: Tensor) -> dict[str, Any]:
     """
     kind = spec.task_kind
     labelled = kind.labelled(label, spec.ignore_index)
-    found: dict[str, Any] = {"pixels": labelled.numel(), "labelled": int(labelled.sum())}
-    if not found["labelled"]:
-        return found
+    content: dict[str, Any] = {"pixels": labelled.numel(), "labelled": int(labelled.sum())}
+    if not content["labelled"]:
+        return content
     values = label[..., labelled]
     if kind.has_classes:
         counts = values.bincount().tolist()
-        found["counts"] = {str(number): count for number, count in enumerate(counts) if count}
+        content["counts"] = {str(number): count for number, count in enumerate(counts) if count}
     elif kind.largest_label(spec.num_channels) == 1:
-        found["positive"] = int((values >= 0.5).sum())
+        content["positive"] = int((values >= 0.5).sum())
     elif kind.is_direction:
-        found["length"] = float(_sampled(values).norm(dim=0).median())
+        content["length"] = float(_sampled(values).norm(dim=0).median())
     else:
-        found["low"], found["high"] = float(values.min()), float(values.max())
-        found["median"] = float(_sampled(values).median())
-    return found
+        content["low"], content["high"] = float(values.min()), float(values.max())
+        content["median"] = float(_sampled(values).median())
+    return content
 
 
 def _sampled(values: Tensor) -> Tensor:

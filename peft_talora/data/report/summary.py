@@ -43,23 +43,23 @@ class TaskSummary:
     medians: list[float] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
 
-    def add(self, index: int, found: Mapping[str, Any]) -> None:
+    def add(self, index: int, content: Mapping[str, Any]) -> None:
         """Count a row in: what `examine_label` gave of it."""
         self.images += 1
-        self.pixels += found["pixels"]
-        self.labelled_pixels += found["labelled"]
-        if not found["labelled"]:
+        self.pixels += content["pixels"]
+        self.labelled_pixels += content["labelled"]
+        if not content["labelled"]:
             self.unlabelled = index if self.unlabelled is None else self.unlabelled
             return
         self.labelled_images += 1
-        self.counts.update({int(number): count for number, count in found.get("counts", {}).items()})
-        self.positive += found.get("positive", 0)
-        if "low" in found:
-            self.low = found["low"] if self.low is None else min(self.low, found["low"])
-            self.high = found["high"] if self.high is None else max(self.high, found["high"])
-            self.medians.append(found["median"])
-        if "length" in found:
-            self.lengths.append(found["length"])
+        self.counts.update({int(number): count for number, count in content.get("counts", {}).items()})
+        self.positive += content.get("positive", 0)
+        if "low" in content:
+            self.low = content["low"] if self.low is None else min(self.low, content["low"])
+            self.high = content["high"] if self.high is None else max(self.high, content["high"])
+            self.medians.append(content["median"])
+        if "length" in content:
+            self.lengths.append(content["length"])
 
     @property
     def median(self) -> float | None:
@@ -104,6 +104,6 @@ def summarize(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, TaskSpec]) 
         split.digests.setdefault(row["digest"], index)
         if row["doubts"]:
             split.doubts[index] = [tuple(doubt) for doubt in row["doubts"]]
-        for name, found in row["tasks"].items():
-            split.tasks[name].add(index, found)
+        for name, content in row["tasks"].items():
+            split.tasks[name].add(index, content)
     return split

@@ -33,6 +33,10 @@ class Family:
         checkpoint_types: The model types of the checkpoints that the plain model is loaded from.
         model_class: The plain model. It has `vision_encoder`, `shared_image_embedding`, `prompt_encoder` and `mask_decoder`.
         layers: Where in the plain model, and in the mSAM, the encoder's blocks are.
+        encoder_class: A vision encoder of the family that is a `SplitEncoder`, made from its configuration.
+        position_class: The dense positional encoding: coordinates (..., 2) in [0, 1], x first -> (..., C).
+        decoder_class: The mask decoder of a task, for one pass per channel, made from the plain decoder's configuration.
+        token_decoder_class: The one with a token per channel, made from that and the number of channels N.
         base_fields: The sizes in the encoder's configuration by which an adapter knows its base.
         resizes_to_square: Whether images are stretched to the model's square, as the family's own processor does; else
             their longest side is resized, and the rest padded.
@@ -44,6 +48,10 @@ class Family:
     checkpoint_types: ClassVar[tuple[str, ...]]
     model_class: ClassVar[type[PreTrainedModel]]
     layers: ClassVar[str] = "vision_encoder.layers"
+    encoder_class: ClassVar[type[nn.Module]]
+    position_class: ClassVar[type[nn.Module]]
+    decoder_class: ClassVar[type[nn.Module]]
+    token_decoder_class: ClassVar[type[nn.Module]]
     base_fields: ClassVar[tuple[str, ...]]
     resizes_to_square: ClassVar[bool] = False
     image_size_step_name: ClassVar[str] = "the patch size"
@@ -82,17 +90,15 @@ class Family:
 
     # The parts
 
-    def encoder(self, vision_config: PreTrainedConfig) -> nn.Module:
-        """A vision encoder of the family that is a `SplitEncoder`."""
-        raise NotImplementedError
-
     def position_embedding(self, config: PreTrainedConfig) -> nn.Module:
-        """The dense positional encoding: coordinates (..., 2) in [0, 1], x first -> (..., C)."""
-        raise NotImplementedError
+        """The dense positional encoding."""
+        return self.position_class(config.vision_config)
 
     def decoder(self, config: PreTrainedConfig, num_channels: int) -> nn.Module:
         """The mask decoder of a task with N channels, for the configuration's channel mode."""
-        raise NotImplementedError
+        if config.decodes_tokens:
+            return self.token_decoder_class(config.mask_decoder_config, num_channels)
+        return self.decoder_class(config.mask_decoder_config)
 
     def decoder_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """That of the decoders, made from a copy of that of the plain model's."""

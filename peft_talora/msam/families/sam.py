@@ -42,6 +42,10 @@ class SamFamily(Family):
     model_type = "sam"
     checkpoint_types = ("sam",)
     model_class = SamModel
+    encoder_class = MSamVisionEncoder
+    position_class = SamPositionalEmbedding
+    decoder_class = SamMaskDecoder
+    token_decoder_class = MSamTokenDecoder
     base_fields = (*VIT_FIELDS, "output_channels")
 
     def feature_shapes(self, vision_config: PreTrainedConfig) -> tuple[tuple[int, int, int], ...]:
@@ -53,20 +57,6 @@ class SamFamily(Family):
         """Tokens on their grid."""
         grid = self.grid_size(vision_config)
         return (grid, grid, vision_config.hidden_size)
-
-    def encoder(self, vision_config: PreTrainedConfig) -> nn.Module:
-        """SAM's encoder."""
-        return MSamVisionEncoder(vision_config)
-
-    def position_embedding(self, config: PreTrainedConfig) -> nn.Module:
-        """Random Fourier features."""
-        return SamPositionalEmbedding(config.vision_config)
-
-    def decoder(self, config: PreTrainedConfig, num_channels: int) -> nn.Module:
-        """SAM's own decoder; with a token per channel in token mode."""
-        if config.decodes_tokens:
-            return MSamTokenDecoder(config.mask_decoder_config, num_channels)
-        return SamMaskDecoder(config.mask_decoder_config)
 
     def decode(
         self, model: nn.Module, name: str, features: torch.Tensor, no_mask: torch.Tensor, position: torch.Tensor

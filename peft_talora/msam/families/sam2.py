@@ -72,6 +72,10 @@ class Sam2Family(Family):
     model_type = "sam2"
     checkpoint_types = ("sam2", "sam2_video")
     model_class = Sam2Model
+    encoder_class = MSamSam2VisionEncoder
+    position_class = Sam2PositionalEmbedding
+    decoder_class = MSamSam2MaskDecoder
+    token_decoder_class = MSamSam2TokenDecoder
     layers = "vision_encoder.backbone.blocks"
     base_fields = (
         "hidden_size",
@@ -84,10 +88,6 @@ class Sam2Family(Family):
     )
     resizes_to_square = True
     image_size_step_name = "the coarsest tokens' and the first windows' size"
-    encoder_class: type[nn.Module] = MSamSam2VisionEncoder
-    position_class: type[nn.Module] = Sam2PositionalEmbedding
-    decoder_class: type[nn.Module] = MSamSam2MaskDecoder
-    token_decoder_class: type[nn.Module] = MSamSam2TokenDecoder
 
     def backbone(self, vision_config: PreTrainedConfig) -> PreTrainedConfig:
         """Hiera's."""
@@ -129,19 +129,9 @@ class Sam2Family(Family):
         if len(levels) != 3:
             raise ValueError(f"The decoder takes features of three resolutions, backbone_feature_sizes are {levels}.")
 
-    def encoder(self, vision_config: PreTrainedConfig) -> nn.Module:
-        """Backbone and feature pyramid."""
-        return self.encoder_class(vision_config)
-
     def position_embedding(self, config: PreTrainedConfig) -> nn.Module:
-        """Random Fourier features."""
+        """Its sizes are the prompt encoder's."""
         return self.position_class(config.prompt_encoder_config)
-
-    def decoder(self, config: PreTrainedConfig, num_channels: int) -> nn.Module:
-        """The family's decoder, called with features."""
-        if config.decodes_tokens:
-            return self.token_decoder_class(config.mask_decoder_config, num_channels)
-        return self.decoder_class(config.mask_decoder_config)
 
     def decoder_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """A channel is mask token 0; no other mask ever takes its place."""

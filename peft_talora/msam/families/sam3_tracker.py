@@ -50,15 +50,15 @@ class Sam3TrackerFamily(Sam2Family):
     model_type = "sam3_tracker"
     checkpoint_types = ("sam3_tracker", "sam3_video")
     model_class = Sam3TrackerModel
+    encoder_class = MSamSam3VisionEncoder
+    position_class = Sam3TrackerPositionalEmbedding
+    decoder_class = MSamSam3MaskDecoder
+    token_decoder_class = MSamSam3TokenDecoder
     layers = "vision_encoder.backbone.layers"
     base_fields = (*VIT_FIELDS, "pretrain_image_size")
     image_size_step_name = Family.image_size_step_name
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
-    encoder_class = MSamSam3VisionEncoder
-    position_class = Sam3TrackerPositionalEmbedding
-    decoder_class = MSamSam3MaskDecoder
-    token_decoder_class = MSamSam3TokenDecoder
 
     def image_size_step(self, vision_config: PreTrainedConfig) -> int:
         """A patch: positions are tiled, and turned by the layers."""

@@ -59,12 +59,15 @@ class SamHQFamily(SamFamily):
     model_type = "sam_hq"
     checkpoint_types = ("sam_hq",)
     model_class = SamHQModel
+    encoder_class = MSamHQVisionEncoder
+    position_class = SamHQPositionalEmbedding
+    decoder_class = SamHQMaskDecoder
 
     def feature_shapes(self, vision_config: PreTrainedConfig) -> tuple[tuple[int, int, int], ...]:
         """The first global block's output, and the image embedding."""
-        own = super().feature_shapes(vision_config)
+        embedding = super().feature_shapes(vision_config)
         first_global = super().trunk_shape(vision_config)
-        return (first_global, *own) if first_global and vision_config.global_attn_indexes else own
+        return (first_global, *embedding) if first_global and vision_config.global_attn_indexes else embedding
 
     def trunk_shape(self, vision_config: PreTrainedConfig) -> None:
         """A tuple."""
@@ -77,18 +80,6 @@ class SamHQFamily(SamFamily):
                 "channel_mode='token' is not possible with a SamHQModel: its high-quality token gives one mask, which all "
                 "channels would share. Use channel_mode='prompt'."
             )
-
-    def encoder(self, vision_config: PreTrainedConfig) -> nn.Module:
-        """SAM-HQ's encoder."""
-        return MSamHQVisionEncoder(vision_config)
-
-    def position_embedding(self, config: PreTrainedConfig) -> nn.Module:
-        """Random Fourier features."""
-        return SamHQPositionalEmbedding(config.vision_config)
-
-    def decoder(self, config: PreTrainedConfig, num_channels: int) -> nn.Module:
-        """SAM-HQ's own decoder."""
-        return SamHQMaskDecoder(config.mask_decoder_config)
 
     def features(self, model: nn.Module, output: ModelOutput) -> Features:
         """What `feature_shapes` says."""

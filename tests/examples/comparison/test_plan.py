@@ -5,7 +5,7 @@ import training.options
 from comparison import one_run
 from comparison.methods import METHODS, Entry
 from comparison.options import parse_args, split_common
-from comparison.plan import Amount, Plan, count_parameters, matching_ranks
+from comparison.plan import Amount, Cell, Plan, count_parameters, matching_ranks
 from small_models import make_sam2
 
 import peft_talora as pt
@@ -25,35 +25,37 @@ class TestPlan:
         for entry in (*map(Entry, METHODS), Entry("talora", 8), Entry("lora", 8)):
             for rate in (1e-3, 1e-4):
                 for amount in (Amount(16), Amount(64), Amount(16, one_task_each=True)):
-                    for cell in ((0, "test"), (1, "test"), (0, "validation"), (0, "test", 2)):
-                        folders += [j.folder for j in plan.jobs(entry, {entry.name: rate}, amount, *cell).values()]
+                    for rest in ((0, "test"), (1, "test"), (0, "validation"), (0, "test", 2)):
+                        folders += [
+                            j.folder for j in plan.jobs(Cell(entry, amount, *rest), {entry.name: rate}).values()
+                        ]
         # one LoRA per task has two
         assert len(folders) == len(set(folders)) == (len(METHODS) + 2 + 2) * 2 * 3 * 4
 
     def test_arguments(self, tmp_path):
         plan = Plan(tmp_path, TASKS, {"talora": 4}, ("--steps", "7"))
         rates = {"decoder": 0.02, "talora": 0.03, "full": 0.04, "lora_per_task": 0.05}
-        (job,) = plan.jobs(Entry("talora"), rates, Amount(16, one_task_each=True), 5, "validation").values()
+        (job,) = plan.jobs(Cell(Entry("talora"), Amount(16, one_task_each=True), 5, "validation"), rates).values()
         expected = {"--method": "talora", "--seed": "5", "--num-train": "16", "--evaluate-on": "validation", "--steps": "7",
                     "--decoder-lr": "0.02", "--lr": "0.03", "--rank": "4", "--one-task-each": "depth", "--tasks": "depth"}  # fmt: skip
         assert {name: option(job, name) for name in expected} == expected
         assert job.arguments[-2:] == TASKS
-        (job,) = plan.jobs(Entry("full"), rates, Amount(16), 5).values()
+        (job,) = plan.jobs(Cell(Entry("full"), Amount(16), 5), rates).values()
         assert option(job, "--lr") == option(job, "--norm-lr") == "0.04" and "--rank" not in job.arguments
         assert "--targets" not in job.arguments
-        (job,) = plan.jobs(Entry("talora", 8), rates, Amount(16), 5).values()
+        (job,) = plan.jobs(Cell(Entry("talora", 8), Amount(16), 5), rates).values()
         assert option(job, "--rank") == "8" and option(job, "--targets") == "qkv" and option(job, "--layers") == "all"
-        (job,) = plan.jobs(Entry("talora_last_half"), {"talora_last_half": 0.1}, Amount(16), 5).values()
+        (job,) = plan.jobs(Cell(Entry("talora_last_half"), Amount(16), 5), {"talora_last_half": 0.1}).values()
         assert option(job, "--layers") == "last-half" and option(job, "--method") == "talora"
-        (job,) = plan.jobs(Entry("lora_all"), {"lora_all": 0.1}, Amount(16), 5).values()
+        (job,) = plan.jobs(Cell(Entry("lora_all"), Amount(16), 5), {"lora_all": 0.1}).values()
         assert option(job, "--targets") == "all" and option(job, "--lr") == "0.1"
-        parts = plan.jobs(Entry("lora_per_task"), rates, Amount(16), 5)
+        parts = plan.jobs(Cell(Entry("lora_per_task"), Amount(16), 5), rates)
         assert [(task, job.arguments[-2:]) for task, job in parts.items()] == [(t, ("--tasks", t)) for t in TASKS]
 
     def test_images_labelled_for_one_task_are_seen_as_often_in_one_model_as_in_several(self, tmp_path):
         plan, amount = Plan(tmp_path, TASKS, {}, steps=7), Amount(16, one_task_each=True)
-        (joint,) = plan.jobs(Entry("lora"), {"lora": 0.1}, amount, 0).values()
-        own = plan.jobs(Entry("lora_per_task"), {"lora_per_task": 0.1}, amount, 0)
+        (joint,) = plan.jobs(Cell(Entry("lora"), amount, 0), {"lora": 0.1}).values()
+        own = plan.jobs(Cell(Entry("lora_per_task"), amount, 0), {"lora_per_task": 0.1})
         assert option(joint, "--steps") == "14" and all("--steps" not in job.arguments for job in own.values())
 
     def test_ranks_with_as_many_parameters(self, base):
@@ -100,7 +102,7 @@ class TestPlan:
         assert common == ("--steps", "7")
         plan = Plan(tmp_path, TASKS, {}, common, 7, special)
         for name in METHODS:
-            arguments = next(iter(plan.jobs(Entry(name), {name: 0.1}, Amount(8), 0).values())).arguments
+            arguments = next(iter(plan.jobs(Cell(Entry(name), Amount(8), 0), {name: 0.1}).values())).arguments
             assert ("--init-weights" in arguments) == (METHODS[name].method == "talora")
             assert one_run.make_parser().parse_known_args(arguments)[1]
             training.options.parse_args(one_run.make_parser().parse_known_args(arguments)[1])
