@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from bases import base_path
 from comparison.jobs import Job, run_if_missing
 from comparison.methods import BASELINE, METHODS, Entry
 from comparison.plan import Amount, Cell, Plan, matching_ranks
-from comparison.rates import tune
+from comparison.rates import tried, tune
 from comparison.report import draw, markdown
 from comparison.results import Result, read_result
 from training.data import load_data
@@ -111,7 +112,7 @@ def write(output_dir: Path, settings: dict, compared: Compared) -> None:
 def compare(
     args: argparse.Namespace, plan: Plan, names: Sequence[str], images: int, run: Callable[[str, list[Job]], None]
 ) -> Compared:
-    """Have `run` make what is missing, the learning rates first, and read it; a `run` that makes nothing sees all runs, too."""
+    """Have `run` make what is missing, the learning rates first, and read it."""
 
     def results_of(what: str, wanted: list[Cell]) -> list[Result]:
         run(what, [job for cell in wanted for job in plan.jobs(cell, rates).values()])
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare what the arguments say: 1 where a run failed, else 0."""
     args, rest = parse_args(argv, __doc__.splitlines()[0])
     given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--report"]
-    missing = f"this makes what is missing: {shlex.join(['python', 'examples/compare.py', *given])}"
+    missing = f"this makes what is missing: {shlex.join(['python', os.path.relpath(__file__), *given])}"
     if args.report and not any(args.output_dir.glob("runs/**/metrics.json")):
         raise ValueError(f"--report: {args.output_dir} has no finished run; {missing}")
     tasks, images = look_at_data(args)
@@ -139,12 +140,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys([BASELINE, *(entry.name for entry in args.methods)]))
     ranks = matching_ranks(base, args.rank, tasks, names)
     plan = Plan(args.output_dir, tasks, ranks, common, args.training.steps, special)
-    jobs: list[Job] = []
-    compared, failures = compare(args, plan, names, images, lambda _, some: jobs.extend(some)), []
+    failures: list[str] = []
+
+    def run(what: str, jobs: list[Job]) -> None:
+        if not args.report:
+            failures.extend(run_if_missing(what, jobs, args.jobs, args.num_threads))
+
     if not args.report:
-        print(ahead(args, set(jobs)), flush=True)
-        compared = compare(args, plan, names, images, lambda what, some: failures.extend(
-            run_if_missing(what, some, args.jobs, args.num_threads)))  # fmt: skip
+        print(ahead(args, plan, names, images), flush=True)
+    compared = compare(args, plan, names, images, run)
     settings = {
         "seeds": args.seeds,
         "tasks": tasks,
@@ -161,13 +165,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return min(len(failures), 1)
 
 
-def ahead(args: argparse.Namespace, jobs: Collection[Job]) -> str:
-    """What there is to do, in a line, before hours are spent on it; with the learning rates that are known so far."""
-    finished = sum(job.result() is not None for job in jobs)
+def ahead(args: argparse.Namespace, plan: Plan, names: Sequence[str], images: int) -> str:
+    """What there is to do, in a line, before hours are spent on it.
+
+    What is finished with learning rates that were chosen is not counted: which they are is not known yet.
+    """
+    rates = {name: METHODS[name].default_rate for name in names}
+    wanted = [(cell, rates) for cell in (*cells(args, images), *repetitions(args, images))]
+    if not args.no_tuning:
+        wanted += tried(names, Amount(images), args.rate_seeds, rates)
+    folders = {job.folder for cell, with_rates in wanted for job in plan.jobs(cell, with_rates).values()}
+    finished = sum((folder / "metrics.json").is_file() for folder in folders)
+    more = " or more" if finished and not args.no_tuning else ""
     seeds = f"seeds {' '.join(map(str, args.seeds))}"
     if len(set(args.seeds)) == 1:
         seeds = f"one seed, number {args.seeds[0]}: no intervals, --seeds 0 1 2 would be three seeds"
-    return f"{len(jobs)} runs, {finished} of them finished, in {args.output_dir}; {seeds}"
+    return f"{len(folders)} runs, {finished}{more} of them finished, in {args.output_dir}; {seeds}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import peft_talora as pt
 
@@ -28,19 +28,17 @@ def tune(
         run: Makes the runs that are missing.
     """
     rates = {name: METHODS[name].default_rate for name in names}
-    cells = {name: [Cell(Entry(name), amount, seed, "validation") for seed in seeds] for name in names}
+    baselines = [Cell(Entry(BASELINE), amount, seed, "validation") for seed in seeds]
     trials: list[dict] = []
     # the decoders' rate is part of every other run
     for group in ([BASELINE], [name for name in names if name != BASELINE]):
-        tried = [
-            (cell, rates | {name: rate}) for name in group for rate in METHODS[name].rates for cell in cells[name]
-        ]
+        of_group = tried(group, amount, seeds, rates)
         # what Delta_b compares with
-        compared = [(cell, rates) for cell in cells[BASELINE]]
-        run("learning rates", [job for each in (*tried, *compared) for job in plan.jobs(*each).values()])
-        base = {cell.seed: read_result(plan, cell, rates) for cell in cells[BASELINE]}
+        compared = [(cell, rates) for cell in baselines]
+        run("learning rates", [job for each in (*of_group, *compared) for job in plan.jobs(*each).values()])
+        base = {cell.seed: read_result(plan, cell, rates) for cell in baselines}
         gains: dict[str, dict[float, dict[int, float]]] = {name: {} for name in group}
-        for cell, changed in tried:
+        for cell, changed in of_group:
             name, reference = cell.entry.name, base[cell.seed]
             of_rate = gains[name].setdefault(changed[name], {})
             result = read_result(plan, cell, changed)
@@ -50,6 +48,18 @@ def tune(
             trials += [{"method": name, "rate": rate, "delta_b": by_seed} for rate, by_seed in by_rate.items()]
             rates[name] = choose_rate(rates[name], by_rate)
     return rates, trials
+
+
+def tried(
+    names: Iterable[str], amount: Amount, seeds: Sequence[int], rates: Mapping[str, float]
+) -> list[tuple[Cell, dict[str, float]]]:
+    """What is trained to choose the learning rates of some methods, each with the rates of all."""
+    return [
+        (Cell(Entry(name), amount, seed, "validation"), {**rates, name: rate})
+        for name in names
+        for rate in METHODS[name].rates
+        for seed in seeds
+    ]
 
 
 def choose_rate(default: float, gains: Gains) -> float:

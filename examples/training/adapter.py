@@ -11,6 +11,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 import peft_talora as pt
+from peft_talora.data.detection import UnlabelledTask
 
 from .data import Data, weigh
 from .options import ADAPTER_LR, RANK
@@ -61,7 +62,7 @@ def adapter_data(args: argparse.Namespace, model, load: Callable[..., Data]) -> 
         )
     try:
         data = load(args, args.image_size, list(specs))
-    except ValueError as error:
+    except UnlabelledTask as error:
         raise ValueError(
             f"{error}; {args.init_from} is an adapter for {list(specs)} and needs labels of all of them: {cure}"
         ) from error

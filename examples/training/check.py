@@ -30,11 +30,13 @@ def check_data(args: argparse.Namespace, data: Data) -> Data:
         splits, data.tasks, source=data.source, skip_bad_files=args.skip_bad_files, progress=first
     )
     if first:
-        print(report)
+        # before an error that points to it, where both go into one file
+        print(report, flush=True)
     if args.check:
         stop(args, kept, report)
     if report.findings.errors:
-        skip = "" if args.skip_bad_files else "; --skip-bad-files leaves out rows that cannot be read"
+        unreadable = not args.skip_bad_files and any(split.errors for split in report.splits.values())
+        skip = "; --skip-bad-files leaves out rows that cannot be read" if unreadable else ""
         raise ValueError(f"the data cannot be used as it is: the lines above that begin with ERROR say why{skip}")
     # training reads the same labels again
     doubts.tell_no_more(

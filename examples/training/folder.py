@@ -9,7 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,11 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and os.listdir(directory) == [LOCK]:
-                remove(directory)
+            # whoever moved it, or put something into it since, keeps what is there
+            with suppress(OSError):
+                if is_new and os.listdir(directory) == [LOCK]:
+                    path.unlink()
+                    directory.rmdir()
 
 
 def _lock(file: Any) -> bool:

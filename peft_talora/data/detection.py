@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 MOST_CLASSES = 1000
 
 
+class UnlabelledTask(ValueError):
+    """A task was asked for that a dataset has no labels of."""
+
+
 def detect_tasks(
     dataset: Dataset | DatasetDict | Sequence[Mapping[str, Any]] | Mapping[str, Any],
     names: Sequence[str] | None = None,
@@ -38,8 +42,8 @@ def detect_tasks(
         ``{name: TaskSpec}``.
 
     Raises:
-        ValueError: If there is no image column, or a task is unknown or has no column; the message names the columns
-            there are.
+        UnlabelledTask: If a task is unknown or has no column; the message names what there is.
+        ValueError: If there is no image column, or a column has no labels.
     """
     declared = getattr(dataset, "tasks", None)
     if declared is not None:
@@ -61,7 +65,7 @@ def _declared_tasks(
 ) -> dict[str, TaskSpec]:
     unknown = [name for name in names or [] if name not in declared]
     if unknown:
-        raise ValueError(f"unknown task {unknown[0]!r}, the dataset's description has {list(declared)}")
+        raise UnlabelledTask(f"unknown task {unknown[0]!r}, the dataset's description has {list(declared)}")
     tasks = {name: replace(declared[name]) for name in (declared if names is None else names)}
     for name, spec in tasks.items():
         if name in class_names:
@@ -73,10 +77,10 @@ def _detect_task(
     name: str, splits: Sequence[Dataset], columns: Sequence[str], class_names: Sequence[str] | None
 ) -> TaskSpec:
     if name not in TASK_COLUMNS:
-        raise ValueError(f"unknown task {name!r}, expected one of {list(TASK_COLUMNS)}")
+        raise UnlabelledTask(f"unknown task {name!r}, expected one of {list(TASK_COLUMNS)}")
     column, kind = TASK_COLUMNS[name]
     if column not in columns:
-        raise ValueError(f"task {name!r} needs the column {column!r}, the dataset has {columns}")
+        raise UnlabelledTask(f"task {name!r} needs the column {column!r}, the dataset has {columns}")
     if class_names is not None:
         return TaskSpec(kind, num_channels=len(class_names), class_names=list(class_names))
     if not KINDS[kind].has_classes:

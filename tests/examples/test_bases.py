@@ -45,7 +45,7 @@ def test_a_name_is_a_folder_and_anything_else_itself():
 
 @every_base
 def test_a_box_gives_a_mask_of_what_is_in_it(name):
-    """A bright square on a dark ground: the weights are trained ones, for images normalised as the scripts do it."""
+    """A bright square on a dark ground, which weights that nobody trained do not find."""
     model = PRETRAINED[name].model_class.from_pretrained(base_path(name)).eval()
     square = torch.zeros(SIZE, SIZE)
     square[32:96, 40:88] = 1

@@ -1,6 +1,7 @@
 """The comparison of methods: which runs it makes, and what it says of their numbers."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -8,7 +9,7 @@ import shutil
 import compare as script
 import pytest
 from comparison.jobs import Job, run_if_missing
-from comparison.methods import RATE_FACTORS, ROWS, Entry
+from comparison.methods import METHODS, RATE_FACTORS, ROWS, Entry
 from comparison.plan import Amount, Cell, Plan
 from comparison.report import set_parameter_axis
 from comparison.results import paired_differences, read_result
@@ -189,12 +190,21 @@ class TestComparison:
         assert len(fake_runs) == number and {r["seed"] for r in read(tmp_path)["results"]} == {3}
 
     def test_what_is_ahead_is_told_before_the_first_run(self, command, tmp_path, fake_runs, capsys):
-        # three rates of two methods for two seeds, and a result of each; then of a third method, too
-        for methods, runs, finished in ((["talora"], 16, 0), (["lora", "talora"], 24, 16)):
+        # three rates of two methods for two seeds, and a result of each (with a rate that is not the default); then of a third method, too
+        for methods, runs, finished in ((["talora"], 16, "0"), (["lora", "talora"], 24, "12 or more")):
             script.main([*command, "--methods", *methods])
             first = capsys.readouterr().out.splitlines()[0]
             assert first == f"{runs} runs, {finished} of them finished, in {tmp_path / 'out'}; seeds 3 4"
             assert len(fake_runs) == runs
+
+    def test_other_seeds_go_on_with_the_rates_that_were_chosen(self, command, tmp_path, fake_runs):
+        """In the runs that are there the decoders' rate is one that was chosen, not the default."""
+        for seeds in (["0", "1", "2"], ["1", "2", "3"]):
+            assert script.main([*command, "--methods", "talora", "--seeds", *seeds]) == 0
+        assert {result["seed"] for result in read(tmp_path)["results"]} == {1, 2, 3}
+        assert read(tmp_path)["rates"]["decoder"] != METHODS["decoder"].default_rate
+        # the second time three rates of both with seed 2, which chooses now, and both with seed 3
+        assert len(fake_runs) == 12 + 6 + 6 + 2
 
     def test_one_seed_is_taken_for_what_it_is(self, command, tmp_path, capsys):
         script.main([*command, "--methods", "talora", "--seeds", "2", "--no-tuning"])
@@ -211,7 +221,7 @@ class TestComparison:
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.startswith(f"2 of 4 results are in {tmp_path / 'out'}: ")
         assert last.endswith(
-            f"; this makes what is missing: {shlex.join(['python', 'examples/compare.py', *options])}"
+            f"; this makes what is missing: {shlex.join(['python', os.path.relpath(script.__file__), *options])}"
         )
 
     @pytest.mark.parametrize("name", ["nowhere", "empty"])
@@ -219,7 +229,7 @@ class TestComparison:
         (tmp_path / "empty").mkdir()
         assert run_script(lambda: script.main(["--report", "--output-dir", str(tmp_path / name)])) == 2
         assert capsys.readouterr().err == (
-            f"error: --report: {tmp_path / name} has no finished run; this makes what is missing: python examples/compare.py "
+            f"error: --report: {tmp_path / name} has no finished run; this makes what is missing: python {os.path.relpath(script.__file__)} "
             f"--output-dir {tmp_path / name}\n"
         )
         assert not list(tmp_path.rglob("comparison.*"))
