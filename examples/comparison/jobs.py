@@ -30,6 +30,18 @@ GOING_ON = (
 )
 
 
+def values_of(arguments: Iterable[str]) -> dict[str, list[str]]:
+    """{option: its values}: options in another order are the same run, and of one that is there twice the last counts."""
+    options: dict[str, list[str]] = {}
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            values = options[name] = [value] if equals else []
+        else:
+            values.append(word)
+    return options
+
+
 @dataclass(frozen=True)
 class Job:
     """A run of the training script.
@@ -62,7 +74,7 @@ class Job:
         record = self.folder / "arguments.json"
         if record.is_file():
             earlier = json.loads(record.read_text())
-            if earlier != list(self.arguments):
+            if values_of(earlier) != values_of(self.arguments):
                 raise ValueError(
                     f"{self.folder} has a run with other arguments: {' '.join(earlier)}; now they are "
                     f"{' '.join(self.arguments)}. Remove it, or choose another --output-dir."

@@ -239,6 +239,12 @@ class TestComparison:
         with pytest.raises(ValueError, match=r"seed-3 has a run with other arguments.*--output-dir"):
             script.main([*command, "--methods", "talora", "--no-tuning", "--steps", "9"])
 
+    def test_options_in_another_order_are_the_same_run(self, command, fake_runs):
+        options = ["--steps", "9", "--batch-size", "2"]
+        for rest in (options, options[2:] + options[:2], ["--steps=9", "--batch-size=2"]):
+            assert script.main([*command, "--methods", "talora", "--no-tuning", *rest]) == 0
+            assert len(fake_runs) == 4
+
     def test_a_failure_is_told_and_the_rest_goes_on(self, command, tmp_path, monkeypatch, capsys):
         run = Job.run
 
