@@ -33,7 +33,7 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).parent))
 from bases import base_path
 from comparison.jobs import Job, run_if_missing
-from comparison.methods import BASELINE, METHODS, Entry
+from comparison.methods import BASELINE, Entry, default_rates
 from comparison.plan import Amount, Cell, Plan, matching_ranks
 from comparison.rates import tried, tune
 from comparison.report import draw, markdown
@@ -119,7 +119,7 @@ def compare(
         results = [read_result(plan, cell, rates) for cell in wanted]
         return [result for result in results if result is not None]
 
-    rates, tuned = {name: METHODS[name].default_rate for name in names}, []
+    rates, tuned = default_rates(names), []
     if not args.no_tuning:
         rates, tuned = tune(plan, names, Amount(images), args.rate_seeds, run)
     results = results_of("comparison", cells(args, images))
@@ -170,17 +170,17 @@ def ahead(args: argparse.Namespace, plan: Plan, names: Sequence[str], images: in
 
     What is finished with learning rates that were chosen is not counted: which they are is not known yet.
     """
-    rates = {name: METHODS[name].default_rate for name in names}
+    rates = default_rates(names)
     wanted = [(cell, rates) for cell in (*cells(args, images), *repetitions(args, images))]
     if not args.no_tuning:
         wanted += tried(names, Amount(images), args.rate_seeds, rates)
-    folders = {job.folder for cell, with_rates in wanted for job in plan.jobs(cell, with_rates).values()}
-    finished = sum((folder / "metrics.json").is_file() for folder in folders)
+    jobs = {job.folder: job for cell, with_rates in wanted for job in plan.jobs(cell, with_rates).values()}
+    finished = sum(job.is_finished for job in jobs.values())
     more = " or more" if finished and not args.no_tuning else ""
     seeds = f"seeds {' '.join(map(str, args.seeds))}"
     if len(set(args.seeds)) == 1:
         seeds = f"one seed, number {args.seeds[0]}: no intervals, --seeds 0 1 2 would be three seeds"
-    return f"{len(folders)} runs, {finished}{more} of them finished, in {args.output_dir}; {seeds}"
+    return f"{len(jobs)} runs, {finished}{more} of them finished, in {args.output_dir}; {seeds}"
 
 
 if __name__ == "__main__":

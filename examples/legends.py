@@ -9,10 +9,9 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from peft_talora import TaskSpec
-from peft_talora.drawing import draw, palette
+from peft_talora.drawing import class_entries, draw, scale_ends
 
 LINE_INCHES, LEAST_INCHES, BALL_INCHES = 0.15, 0.55, 1.1
-MAX_CLASSES = 24
 
 
 def classes_shown(spec: TaskSpec, maps: Sequence[np.ndarray]) -> list[int]:
@@ -22,24 +21,6 @@ def classes_shown(spec: TaskSpec, maps: Sequence[np.ndarray]) -> list[int]:
     known = [values[(values >= 0) & (values < spec.num_channels)] for values in maps]
     counts = sum(np.bincount(values, minlength=spec.num_channels) for values in known)
     return [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-
-
-def class_entries(spec: TaskSpec, classes: Sequence[int]) -> list[tuple[np.ndarray | None, str]]:
-    """A legend of these classes: (colour, name) of each, and without a colour how many are left out at the end."""
-    names = spec.class_names or [f"class {index}" for index in range(spec.num_channels)]
-    colors = palette(spec.num_channels)
-    entries = [(colors[index], names[index]) for index in classes[:MAX_CLASSES]]
-    if len(classes) > MAX_CLASSES:
-        entries.append((None, f"and {len(classes) - MAX_CLASSES} more"))
-    return entries
-
-
-def bar_scale(spec: TaskSpec, value_range: tuple[float, float] | None) -> tuple[tuple[float, float], str] | None:
-    """The ends of a colour bar and what it measures; None where a bar cannot say what the colours mean."""
-    limits = spec.task_kind.limits or value_range
-    if spec.task_kind.unit is None or limits is None or spec.num_channels > 1:
-        return None
-    return limits, spec.task_kind.unit
 
 
 def shows_directions(spec: TaskSpec) -> bool:
@@ -73,7 +54,7 @@ def draw_legend(axis, spec: TaskSpec, classes: Sequence[int], value_range: tuple
         _class_legend(axis, spec, classes)
     elif shows_directions(spec):
         _normals_legend(axis)
-    elif (scale := bar_scale(spec, value_range)) is not None:
+    elif (scale := scale_ends(spec, value_range)) is not None:
         _bar(axis, spec, *scale)
 
 

@@ -11,12 +11,12 @@ from html import escape
 from io import BytesIO
 
 import numpy as np
-from legends import bar_scale, class_entries, classes_shown, normals_ball, shows_directions
+from legends import classes_shown, normals_ball, shows_directions
 from PIL import Image
 from predict import paint, thumbnail
 
 from peft_talora import TaskSpec
-from peft_talora.drawing import color_range, draw
+from peft_talora.drawing import class_entries, color_range, draw, scale_ends
 
 SHOWN_SIDE = 1024  # longest side of a picture on the page, in pixels
 BAR_STEPS = 13  # colours of a bar's gradient; a multiple of what depth's colours lie between, and one
@@ -80,7 +80,7 @@ def _legend(spec: TaskSpec, values: np.ndarray, limits: tuple[float, float] | No
         sides = ((1, 2, "faces up"), (2, 1, "left"), (2, 3, "right"), (3, 2, "down"))
         words = "".join(f'<span style="grid-area: {row} / {column}">{word}</span>' for row, column, word in sides)
         return f'<div class="ball"><img src="{data_uri(normals_ball())}" alt="the colours of a ball">{words}</div>'
-    scale = bar_scale(spec, limits)
+    scale = scale_ends(spec, limits)
     return "" if scale is None else _bar(spec, *scale)
 
 

@@ -45,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_model_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Make `args.device` a device that is there, and `args.adapters` a {name: path or Hub id}."""
-    args.base = args.base and base_path(args.base)
+    args.base = base_path(args.base)
     if not args.max_megapixels > 0:
         parser.error(f"--max-megapixels must be above 0, got {args.max_megapixels}")
     args.adapters = name_adapters(parser, args.adapter or ["runs/multitask"])

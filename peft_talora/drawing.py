@@ -19,6 +19,7 @@ from .kinds.regression import draw_regression
 
 __all__ = [
     "UNLABELLED",
+    "class_entries",
     "color_range",
     "draw",
     "draw_classes",
@@ -27,7 +28,11 @@ __all__ = [
     "draw_probability",
     "draw_regression",
     "palette",
+    "scale_ends",
 ]
+
+# So many classes of a picture have their names beside it.
+_NAMED_CLASSES = 24
 
 # A map is drawn in strips of about this many pixels: what is computed on the way is many times larger than the picture.
 _STRIP_PIXELS = 1 << 18
@@ -99,6 +104,37 @@ def color_range(
     low, high = (float(value) for value in np.percentile(values, percentiles))
     missing = max(_LEAST_SPREAD * max(abs(low), abs(high)), _LEAST_RANGE) - (high - low)
     return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
+
+
+def class_entries(spec: TaskSpec, classes: Sequence[int]) -> list[tuple[np.ndarray | None, str]]:
+    """What a legend says of these classes, in this order.
+
+    Args:
+        spec: A task with classes.
+        classes: Their numbers.
+
+    Returns:
+        (colour, name) of each, and without a colour how many are left out at the end.
+    """
+    names = spec.class_names or [f"class {index}" for index in range(spec.num_channels)]
+    colors = palette(spec.num_channels)
+    entries = [(colors[index], names[index]) for index in classes[:_NAMED_CLASSES]]
+    if len(classes) > _NAMED_CLASSES:
+        entries.append((None, f"and {len(classes) - _NAMED_CLASSES} more"))
+    return entries
+
+
+def scale_ends(spec: TaskSpec, value_range: tuple[float, float] | None) -> tuple[tuple[float, float], str] | None:
+    """The ends of a colour scale and what it measures; None where a scale cannot say what the colours mean.
+
+    Args:
+        spec: The task.
+        value_range: As [`draw`] takes it.
+    """
+    limits = spec.task_kind.limits or value_range
+    if spec.task_kind.unit is None or limits is None or spec.num_channels > 1:
+        return None
+    return limits, spec.task_kind.unit
 
 
 def _checked_map(spec: TaskSpec, values: Any) -> np.ndarray:

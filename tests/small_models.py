@@ -200,6 +200,8 @@ def make_sam3(image_size: int = 32) -> Sam3Model:
 
 # {family of SAMs that mSAM takes: what makes a small one}
 MAKERS = {"sam": make_sam, "sam_hq": make_sam_hq, "sam2": make_sam2, "sam3_tracker": make_sam3_tracker}
+# those that most tests do not run on
+OTHER_FAMILIES = [name for name in MAKERS if name != "sam"]
 
 
 def side_of(family: str) -> int:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from peft import get_peft_model
-from small_models import MAKERS, side_of
+from small_models import MAKERS, OTHER_FAMILIES, side_of
 from torch import nn
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec, lean_attention, task_to_sam
 
 TASKS = {"depth": TaskSpec("depth"), "parts": TaskSpec("parts", 3)}
-other_families = pytest.mark.parametrize("family", [name for name in MAKERS if name != "sam"])
+other_families = pytest.mark.parametrize("family", OTHER_FAMILIES)
 
 
 class TaskLogits(nn.Module):

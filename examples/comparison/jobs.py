@@ -61,6 +61,14 @@ class Job:
         return self.folder / "conditions.json"
 
     @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.json"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.metrics_file.is_file()
+
+    @property
     def alone(self) -> bool:
         """Whether no other run of a comparison was beside it, so that its time says something."""
         return self.conditions_file.is_file() and json.loads(self.conditions_file.read_text())["runs_at_once"] == 1
@@ -79,8 +87,7 @@ class Job:
                     f"{self.folder} has a run with other arguments: {' '.join(earlier)}; now they are "
                     f"{' '.join(self.arguments)}. Remove it, or choose another --output-dir."
                 )
-        metrics = self.folder / "metrics.json"
-        return json.loads(metrics.read_text()) if metrics.is_file() else None
+        return json.loads(self.metrics_file.read_text()) if self.is_finished else None
 
     def run(self, threads: int | None, at_once: int = 1) -> dict:
         """Train, or resume training, unless it is finished: metrics.json.

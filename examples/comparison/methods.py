@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from training.options import ADAPTER_LR, RANK, parse_args
@@ -68,6 +69,13 @@ METHODS = {
     "talora_all": Method("TA-LoRA, all linear layers", "talora", targets="all"),
     "convlora_all": Method("Conv-LoRA, all linear layers", "convlora", targets="all"),
 }
+
+
+def default_rates(names: Iterable[str]) -> dict[str, float]:
+    """{method: the learning rate that counts unless another is chosen}."""
+    return {name: METHODS[name].default_rate for name in names}
+
+
 # the rows without --methods
 ROWS = ("decoder", "lora", "lora_per_task", "talora", "convlora", "full")
 

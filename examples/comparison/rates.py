@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import peft_talora as pt
 
 from .jobs import Job
-from .methods import BASELINE, METHODS, Entry
+from .methods import BASELINE, METHODS, Entry, default_rates
 from .plan import Amount, Cell, Plan
 from .results import mean_and_spread, read_result
 
@@ -27,7 +27,7 @@ def tune(
         seeds: At least two.
         run: Makes the runs that are missing.
     """
-    rates = {name: METHODS[name].default_rate for name in names}
+    rates = default_rates(names)
     baselines = [Cell(Entry(BASELINE), amount, seed, "validation") for seed in seeds]
     trials: list[dict] = []
     # the decoders' rate is part of every other run

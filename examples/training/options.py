@@ -265,7 +265,7 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.crop_scales is None:
         args.crop_scales = [1.0] if scenes else list(CROP_SCALES)
     args.task_weights = dict(args.task_weights or [])
-    args.base = args.base and base_path(args.base)
+    args.base = base_path(args.base)
     if args.baseline is None:
         fresh = scenes and args.method != "decoder" and args.init_from is None
         args.baseline = "train" if fresh else "none"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from small_models import MAKERS, assert_same, differ, images, label_maps, side_of, train
+from small_models import MAKERS, OTHER_FAMILIES, assert_same, differ, images, label_maps, side_of, train
 from small_msams import NAMES, lora_config, make, predict, specs, tuned
 
 from peft_talora import (
@@ -149,7 +149,7 @@ class TestTraining:
         torch.testing.assert_close(output.loss, expected.loss)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("family", [name for name in MAKERS if name != "sam"])
+    @pytest.mark.parametrize("family", OTHER_FAMILIES)
     def test_the_other_families_compile_to_one_graph(self, family):
         model, pixels = tuned(MAKERS[family]()).eval(), images(size=side_of(family))
         torch._dynamo.reset()

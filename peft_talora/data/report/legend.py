@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ...drawing import draw, palette
+from ...drawing import class_entries, draw, scale_ends
 from .summary import TaskSummary
 
-# The height of a line in pixels, and how many classes are named.
-LINE, MOST_CLASSES = 15, 24
-_BOX = 10
+# The height of a line, and of what is painted in it, in pixels.
+LINE, _BOX = 15, 10
 
 
 def legend(
@@ -26,16 +25,17 @@ def legend(
         value_range: The ends of the colour scale, of a task that has one.
         width: In pixels.
     """
-    kind, spec = summaries[0].spec.task_kind, summaries[0].spec
-    if kind.has_classes:
+    spec = summaries[0].spec
+    if spec.task_kind.has_classes:
         return _classes(summaries, width)
-    limits = kind.limits or value_range
-    if kind.unit is None or limits is None or spec.num_channels > 1:
+    scale = scale_ends(spec, value_range)
+    if scale is None:
         return None
+    limits, unit = scale
     steps = np.tile(np.linspace(*limits, width), (1, _BOX, 1))
     picture, pen = _paper(2, width)
     picture.paste(Image.fromarray(draw(spec, steps, limits)), (0, 0))
-    low, high = f"{limits[0]:.3g}", f"{limits[1]:.3g} {kind.unit}"
+    low, high = f"{limits[0]:.3g}", f"{limits[1]:.3g} {unit}"
     pen.text((0, LINE), low, "black")
     pen.text((width, LINE), high, "black", anchor="ra")
     return picture
@@ -43,16 +43,13 @@ def legend(
 
 def _classes(summaries: Sequence[TaskSummary], width: int) -> Image.Image:
     counts = sum((summary.counts for summary in summaries), Counter[int]())
-    seen = [number for number, _ in counts.most_common()]
-    shown, colors = seen[:MOST_CLASSES], palette(summaries[0].spec.num_channels)
-    more = [f"and {len(seen) - MOST_CLASSES} more"] if len(seen) > MOST_CLASSES else []
-    picture, pen = _paper(len(shown) + len(more), width)
-    for line, number in enumerate(shown):
+    entries = class_entries(summaries[0].spec, [number for number, _ in counts.most_common()])
+    picture, pen = _paper(len(entries), width)
+    for line, (color, name) in enumerate(entries):
         top = line * LINE
-        pen.rectangle((0, top + 2, _BOX, top + 2 + _BOX), tuple(colors[number].tolist()), "dimgrey")
-        pen.text((_BOX + 5, top), summaries[0].class_name(number), "black")
-    for text in more:
-        pen.text((_BOX + 5, MOST_CLASSES * LINE), text, "black")
+        if color is not None:
+            pen.rectangle((0, top + 2, _BOX, top + 2 + _BOX), tuple(color.tolist()), "dimgrey")
+        pen.text((_BOX + 5, top), name, "black")
     return picture
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peft_talora import TaskSpec
-from peft_talora.data.report.legend import LINE, MOST_CLASSES, legend
+from peft_talora.data.report.legend import LINE, legend
 from peft_talora.data.report.summary import TaskSummary
 from peft_talora.drawing import draw, palette
 
@@ -30,9 +30,9 @@ def test_classes_that_are_seen_in_any_split_the_most_frequent_first():
 
 
 def test_many_classes():
-    names = [f"class {index}" for index in range(MOST_CLASSES + 9)]
+    names = [f"class {index}" for index in range(24 + 9)]
     drawn = pixels(classes(dict.fromkeys(range(len(names)), 1), names))
-    assert len(drawn) == (MOST_CLASSES + 1) * LINE and (drawn[-LINE:] < 255).any()
+    assert len(drawn) == (24 + 1) * LINE and (drawn[-LINE:] < 255).any()
 
 
 def test_a_scale_has_its_ends_written_below_it():
