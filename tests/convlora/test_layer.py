@@ -3,19 +3,19 @@
 import copy
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors import safe_open
+from shared_folder import SHARED
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from peft_talora import ConvLoraConfig, auxiliary_loss, checkpoint_context, expert_usage
 
-FIXTURE = Path(__file__).parents[3] / "shared/fixtures/convlora_layer.safetensors"
+FIXTURE = SHARED / "fixtures/convlora_layer.safetensors"
 PARAMETERS = ("A", "B", "expert_weight", "expert_bias", "gate", "noise")
 
 

@@ -1,12 +1,12 @@
 import pickle
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as PilImage
+from shared_folder import PHOTOS
 
 from peft_talora.data import (
     Augmentation,
@@ -25,7 +25,6 @@ from peft_talora.msam.tasks import TaskSpec
 datasets = pytest.importorskip("datasets")
 
 HEIGHT, WIDTH = 24, 32
-PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "data" / "real_photos"
 FEATURES = {
     "image": datasets.Image(),
     "segmentation": datasets.Array2D((HEIGHT, WIDTH), "int64"),

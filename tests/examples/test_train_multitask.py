@@ -3,7 +3,6 @@
 import math
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +14,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from shared_folder import PHOTOS
 from small_training import double_batch, gradients
 from training.data import load_data
 from training.options import ADAPTER_LR, METHODS, parse_args
@@ -22,8 +22,6 @@ from training.run import Run
 
 from peft_talora import MSamForMultiTask
 from peft_talora.msam.tasks import parse_tasks
-
-PHOTOS = Path(__file__).parents[3] / "shared/data/real_photos"
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

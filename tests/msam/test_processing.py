@@ -1,4 +1,3 @@
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from shared_folder import PHOTOS
 from transformers import SamImageProcessorPil
 
 from peft_talora.losses import task_loss
@@ -22,7 +22,6 @@ TASKS = {
     "normals": TaskSpec("normals"),
     "flow": TaskSpec("regression", 2),
 }
-PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "data" / "real_photos"
 
 
 def sam_processor(size=SIZE):

@@ -3,18 +3,18 @@
 import copy
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors import safe_open
+from shared_folder import SHARED
 from small_talora import FACTORS, factors_of, gradients, reference_delta, reference_forward, tuned_linear
 from torch import nn
 
 from peft_talora import TALoraConfig
 
-FIXTURE = Path(__file__).parents[3] / "shared/fixtures/talora_layer.safetensors"
+FIXTURE = SHARED / "fixtures/talora_layer.safetensors"
 
 
 @pytest.mark.parametrize("enabled", [None, [True, True, True], [True, False, True], [False, True, False]])
