@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import extras  # noqa: F401
-from comparison.options import FEW_IMAGES, FEW_METHODS, SCENES, parse_args, split_common
+from comparison.options import FEW_IMAGES, FEW_METHODS, SCENES, parse_args
 
 if __name__ == "__main__":
     # what is wrong with them is said before the imports below, which take seconds
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bases import base_path
 from comparison.jobs import Job, run_if_missing
 from comparison.methods import BASELINE, Entry, default_rates
-from comparison.plan import Amount, Cell, Plan, matching_ranks
+from comparison.plan import Amount, Cell, Plan, check_fields, matching_ranks
 from comparison.rates import tried, tune
 from comparison.report import draw, markdown
 from comparison.results import Result, read_result
@@ -134,12 +134,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = f"this makes what is missing: {shlex.join(['python', os.path.relpath(__file__), *given])}"
     if args.report and not any(args.output_dir.glob("runs/**/metrics.json")):
         raise ValueError(f"--report: {args.output_dir} has no finished run; {missing}")
+    check_fields(args.methods)
     tasks, images = look_at_data(args)
     base = base_path(args.base)
-    common, special = split_common(("--base", base, *rest), args.training)
     names = list(dict.fromkeys([BASELINE, *(entry.name for entry in args.methods)]))
     ranks = matching_ranks(base, args.rank, tasks, names)
-    plan = Plan(args.output_dir, tasks, ranks, common, args.training.steps, special)
+    plan = Plan(args.output_dir, tasks, ranks, ("--base", base, *rest), args.training.steps)
     failures: list[str] = []
 
     def run(what: str, jobs: list[Job]) -> None:

@@ -47,7 +47,7 @@ from peft_talora.msam.loading import image_size_of, load_sam
 sys.path.insert(0, str(Path(__file__).parent))
 from pictures import draw_predictions
 from training import folder, results, tracking
-from training.adapter import adapted_layers, adapter_data, load_adapter
+from training.adapter import adapted_layers, adapter_config, adapter_data, load_adapter
 from training.best import BestAdapter, find_metric
 from training.check import check_data
 from training.checkpoints import Checkpoint, find_checkpoint
@@ -112,14 +112,7 @@ def make_model(args: argparse.Namespace, method: str, tasks: dict[str, pt.TaskSp
     saved = pt.default_modules_to_save(msam)
     if method in options.RANK:
         where = adapted_layers(msam.vision_encoder, args.targets, args.layers)
-        if method == "talora":
-            if args.init_weights is not None:
-                where["init_weights"] = args.init_weights == "True" or args.init_weights
-            return get_peft_model(msam, pt.TALoraConfig(r=args.rank, **where))
-        if method == "convlora":
-            return get_peft_model(msam, pt.ConvLoraConfig(r=args.rank, **where))
-        config = LoraConfig(r=args.rank, lora_alpha=args.rank, modules_to_save=saved, **where)
-        return get_peft_model(msam, config)
+        return get_peft_model(msam, adapter_config(args, method, modules_to_save=saved, **where))
     # no adapter at all: what is trained is trained and saved as it is
     parts = [name for name in saved if not name.startswith("vision_encoder")]
     parts += ["vision_encoder"] if method == "full" else []
@@ -411,6 +404,9 @@ def main(argv: list[str] | None = None, load: Callable[..., Data] = load_data) -
     """Do what the options say; `load` gives the data, as [`load_data`] does."""
     args = options.parse_args(argv, __doc__.splitlines()[0])
     tracking.check_installed(args.report_to)
+    if args.config:
+        # at once, and not after the baseline
+        adapter_config(args, args.method)
     with Interruption() as interruption, contextlib.ExitStack() as stack:
         accelerator = make_accelerator(args)
         set_threads(accelerator, args.num_threads)

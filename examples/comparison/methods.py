@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from training.options import ADAPTER_LR, RANK, parse_args
+from training.options import ADAPTER_LR, RANK, config_field, parse_args
 
 # what the training script does unless it is told otherwise
 DEFAULTS = parse_args([])
@@ -82,19 +83,33 @@ ROWS = ("decoder", "lora", "lora_per_task", "talora", "convlora", "full")
 
 @dataclass(frozen=True)
 class Entry:
-    """A method as `--methods` names it: "talora", or "talora:8" with a rank of its own."""
+    """A method as `--methods` names it: "talora", "talora:8" with a rank, "talora:scaling=1" with a field of its own.
+
+    Attributes:
+        name: The method's name.
+        rank: Its rank; None for the one that is chosen for it.
+        fields: Further fields of its configuration, as the training script's --config takes them.
+    """
 
     name: str
     rank: int | None = None
+    fields: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Entry:
-        name, colon, rank = text.partition(":")
+        name, *parts = text.split(":")
         if name not in METHODS:
             raise argparse.ArgumentTypeError(f"unknown method {name!r}, expected one of {list(METHODS)}")
-        if colon and not (rank.isdecimal() and int(rank) > 0):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected METHOD or METHOD:RANK with a rank of at least 1")
-        return cls(name, int(rank) if colon else None)
+        rank = int(parts.pop(0)) if parts and parts[0].isdecimal() else None
+        if rank == 0 or any(not re.fullmatch(r"(?!r=)\w+=[^/\\\s]+", part) for part in parts):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected METHOD, METHOD:RANK with a rank of at least 1, or METHOD:FIELD=VALUE"
+            )
+        if METHODS[name].method not in RANK and (rank or parts):
+            raise argparse.ArgumentTypeError(f"{text!r}: {name} has no adapter, and so no rank and no fields")
+        for part in parts:
+            config_field(part)
+        return cls(name, rank, tuple(parts))
 
     @property
     def method(self) -> Method:
@@ -102,7 +117,9 @@ class Entry:
 
     @property
     def label(self) -> str:
-        return self.method.label + ("" if self.rank is None else f", r={self.rank}")
+        rank = () if self.rank is None else (f"r={self.rank}",)
+        return ", ".join((self.method.label, *rank, *self.fields))
 
     def __str__(self) -> str:
-        return self.name if self.rank is None else f"{self.name}-{self.rank}"
+        rank = () if self.rank is None else (str(self.rank),)
+        return "-".join((self.name, *rank, *self.fields))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bases import BASES, DEFAULT
@@ -21,11 +21,9 @@ SEEDS, FEW_SEEDS = 5, 3
 # of rendered scenes; of any other dataset all that it has
 SCENES = 512
 # options of the training script that a comparison varies, or decides itself
-VARIED = ("method", "seed", "lr", "decoder_lr", "rank", "targets", "layers", "max_train_images", "evaluate_on", "one_task_each", "baseline", "resume",
+VARIED = ("method", "seed", "lr", "decoder_lr", "rank", "targets", "layers", "config", "max_train_images", "evaluate_on", "one_task_each", "baseline", "resume",
           "output_dir", "overwrite", "checkpoint_every", "keep_checkpoints", "init_from", "eval_only", "push_to_hub",
           "num_threads")  # fmt: skip
-# options that only one method has
-OF_A_METHOD = {"init_weights": "talora"}
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str = "") -> tuple[argparse.Namespace, list[str]]:
@@ -42,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> tupl
     )
     add = parser.add_argument
     add("--methods", nargs="+", type=Entry.parse, default=[Entry(name) for name in ROWS],
-        help=f"rows of the table: {' '.join(METHODS)}, or with a rank of their own: talora:8 (default: the first {len(ROWS)})")  # fmt: skip
+        help=f"rows of the table: {' '.join(METHODS)}, or with a rank or further fields of their own: talora:8, talora:scaling=1 (default: the first {len(ROWS)})")  # fmt: skip
     add(
         "--seeds",
         nargs="+",
@@ -113,30 +111,3 @@ def check_common(arguments: Sequence[str]) -> argparse.Namespace:
     if varied:
         make().error(f"{option(varied[0])} is what this script varies or decides")
     return training.parse_args(arguments, prog=SCRIPT)
-
-
-def split_common(
-    arguments: Iterable[str], given: argparse.Namespace
-) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """What all methods take of the common arguments, and {method: what only it takes}."""
-    special: dict[str, tuple[str, ...]] = {}
-    left = list(arguments)
-    for name, method in OF_A_METHOD.items():
-        value = getattr(given, name)
-        if value is not None:
-            special[method] = (option(name), value)
-            left = without(left, option(name))
-    return tuple(left), special
-
-
-def without(arguments: Sequence[str], name: str) -> list[str]:
-    """Arguments without an option of one value, written as `--name value`, `--name=value` or abbreviated."""
-    left, skip = [], False
-    for word in arguments:
-        start, equals, _ = word.partition("=")
-        # no other option begins like it where the parser took an abbreviation for it
-        found = len(start) > 2 and start.startswith("--") and name.startswith(start)
-        if not found and not skip:
-            left.append(word)
-        skip = found and not equals
-    return left

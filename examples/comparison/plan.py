@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from training.adapter import adapted_layers
-from training.options import RANK
+from training.adapter import adapted_layers, adapter_config
+from training.options import RANK, config_field
 from transformers import PreTrainedModel
 
 import peft_talora as pt
@@ -67,7 +68,6 @@ class Plan:
         ranks: {method: rank} of those that have no rank of their own.
         common: Further arguments of the training script.
         steps: Its steps.
-        special: {method: arguments} that only one method takes.
     """
 
     output_dir: Path
@@ -75,7 +75,6 @@ class Plan:
     ranks: Mapping[str, int]
     common: tuple[str, ...] = ()
     steps: int = DEFAULTS.steps
-    special: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def jobs(self, cell: Cell, rates: Mapping[str, float]) -> dict[str, Job]:
         """The runs that one number of the table needs: {what they train: run}.
@@ -84,13 +83,15 @@ class Plan:
         """
         entry, amount, threads = cell.entry, cell.amount, cell.threads
         options = [*entry.method.options, "--seed", str(cell.seed), "--num-train", str(amount.images),
-                   "--evaluate-on", cell.split, *self.common, *self.special.get(entry.method.method, ())]  # fmt: skip
+                   "--evaluate-on", cell.split, *self.common]  # fmt: skip
         decoder_rate = rates.get(BASELINE, DEFAULTS.decoder_lr)
         named = {"--decoder-lr": decoder_rate} | dict.fromkeys(entry.method.rate_options, rates[entry.name])
         options += [word for name, rate in named.items() for word in (name, str(rate))]
         rank = entry.rank or self.ranks.get(entry.name)
         if rank is not None:
             options += ["--rank", str(rank)]
+        if entry.fields:
+            options += ["--config", *entry.fields]
         if amount.one_task_each:
             options += ["--one-task-each", *self.tasks]
             if not entry.method.per_task:
@@ -102,6 +103,14 @@ class Plan:
         if not entry.method.per_task:
             return {"all": Job(folder, (*options, "--tasks", *self.tasks), threads)}
         return {task: Job(folder / task, (*options, "--tasks", task), threads) for task in self.tasks}
+
+
+def check_fields(entries: Iterable[Entry]) -> None:
+    """Raise ValueError where a row has fields of its own that its configuration does not take, before any run."""
+    for entry in entries:
+        if entry.fields:
+            given = argparse.Namespace(rank=entry.rank or 1, config=dict(map(config_field, entry.fields)))
+            adapter_config(given, entry.method.method)
 
 
 def matching_ranks(base: str, rank: int, tasks: tuple[str, ...], names: Iterable[str] = METHODS) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from peft_talora.metrics import HIGHER_IS_BETTER
@@ -181,7 +182,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
     numbers = [amount for amount in amounts if not amount.one_task_each]
     panels = 1 + (len(numbers) > 1)
     figure, axes = pyplot.subplots(1, panels, figsize=(6.4 * panels, 4.4), squeeze=False)
-    colors = {name: f"C{index}" for index, name in enumerate(METHODS)}
+    # a method's ranks are points of one line; METHODS come first, so that they have the same colours in every plot
+    lines = dict.fromkeys([*map(Entry, METHODS), *(replace(entry, rank=None) for entry in entries_of(results))])
+    colors = {line: f"C{index}" for index, line in enumerate(lines)}
     draw_parameters(axes[0, 0], results, amounts[0], colors)
     if panels == 2:
         draw_amounts(axes[0, 1], results, sorted(numbers, key=lambda amount: amount.images), colors)
@@ -195,19 +198,19 @@ def draw(results: Sequence[Result], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_parameters(axis, results: Sequence[Result], amount: Amount, colors: Mapping[str, str]) -> None:
+def draw_parameters(axis, results: Sequence[Result], amount: Amount, colors: Mapping[Entry, str]) -> None:
     numbers: list[int] = []
-    for name in METHODS:
+    for line, color in colors.items():
         places = []
         for entry in entries_of(results):
             own = [result for result in of(results, entry, amount) if result.delta_b is not None]
             # decoders alone have no place on a logarithmic axis
-            if entry.name == name and own and own[0].encoder_parameters:
+            if replace(entry, rank=None) == line and own and own[0].encoder_parameters:
                 places.append((own[0].encoder_parameters, *mean_and_spread([r.delta_b for r in own])))
         if places:
             x, y, error = zip(*sorted(places), strict=True)
             numbers.extend(x)
-            axis.errorbar(x, y, error, marker="o", capsize=3, color=colors[name], label=METHODS[name].label)
+            axis.errorbar(x, y, error, marker="o", capsize=3, color=color, label=line.label)
     set_parameter_axis(axis, numbers)
     axis.set_xlabel("trained parameters, without the decoders'")
     axis.set_title(str(amount), fontsize=10)
@@ -223,7 +226,7 @@ def set_parameter_axis(axis, numbers: Sequence[int]) -> None:
     axis.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def draw_amounts(axis, results: Sequence[Result], amounts: Sequence[Amount], colors: Mapping[str, str]) -> None:
+def draw_amounts(axis, results: Sequence[Result], amounts: Sequence[Amount], colors: Mapping[Entry, str]) -> None:
     for entry in entries_of(results):
         places = []
         for amount in amounts:
@@ -232,7 +235,7 @@ def draw_amounts(axis, results: Sequence[Result], amounts: Sequence[Amount], col
                 places.append((amount.images, *mean_and_spread(gains)))
         if len(places) > 1 and entry.rank is None and entry.name != BASELINE:
             x, y, error = zip(*places, strict=True)
-            axis.errorbar(x, y, error, marker="o", capsize=3, color=colors[entry.name], label=entry.label)
+            axis.errorbar(x, y, error, marker="o", capsize=3, color=colors[entry], label=entry.label)
     axis.set_xscale("log", base=2)
     axis.set_xticks([amount.images for amount in amounts], [str(amount.images) for amount in amounts])
     axis.set_xlabel("images to train on")

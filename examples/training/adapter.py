@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from typing import Any
 
+from peft import LoraConfig, PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
@@ -14,7 +16,10 @@ import peft_talora as pt
 from peft_talora.data.detection import UnlabelledTask
 
 from .data import Data, weigh
-from .options import ADAPTER_LR, RANK
+from .options import ADAPTER_LR, DECIDED, RANK
+
+# fields of configurations that no --config chooses
+OF_THE_SCRIPT = {*DECIDED, "modules_to_save", "msam", "saved_by", "active_task", "added_tasks"}
 
 
 def adapted_layers(encoder: nn.Module, targets: str, layers: str) -> dict[str, Any]:
@@ -33,6 +38,41 @@ def adapted_layers(encoder: nn.Module, targets: str, layers: str) -> dict[str, A
         "target_modules": sorted(names) if targets == "all" else fused or ["q_proj", "v_proj"],
         "layers_to_transform": list(range(blocks // 2, blocks)) if layers == "last-half" else None,
     }
+
+
+def adapter_config(args: argparse.Namespace, method: str, **more: Any) -> PeftConfig:
+    """The configuration of a method, with the fields of --config.
+
+    Raises:
+        ValueError: It has no such field, or a value does not fit.
+    """
+    kinds: dict[str, type[PeftConfig]] = {"talora": pt.TALoraConfig, "convlora": pt.ConvLoraConfig, "lora": LoraConfig}
+    kind = kinds[method]
+    for name, value in args.config.items():
+        check_field(kind, name, value)
+    # with alpha = r PEFT's LoRA is not scaled, whatever its rank
+    own = {"lora_alpha": args.rank} if method == "lora" else {}
+    return kind(r=args.rank, **{**own, **more, **args.config})
+
+
+def check_field(kind: type[PeftConfig], name: str, value: Any) -> None:
+    """Raise ValueError unless a configuration has a field of this name to choose, and the value is of its sort.
+
+    The tuners' own check their values, PEFT's LoRA would take any.
+    """
+    # what is PEFT's own or the script's is no choice
+    peft = {field.name for field in fields(PeftConfig)}
+    defaults = {field.name: field.default for field in fields(kind) if field.name not in peft | OF_THE_SCRIPT}
+    given = f"--config {name}={value}: {kind.__name__}"
+    if name not in defaults:
+        close = get_close_matches(name, defaults, 1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(defaults))}"
+        raise ValueError(f"{given} has no such field to choose; {hint}")
+    sort = type(defaults[name])
+    if sort is bool and not isinstance(value, bool):
+        raise ValueError(f"{given} expects True or False there")
+    if sort in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{given} expects a number there")
 
 
 def load_adapter(args: argparse.Namespace):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
+import json
 import math
 import os
 import sys
@@ -19,6 +22,8 @@ ADAPTER_LR = {"talora": 5e-3, "convlora": 2e-3, "lora": 5e-3, "full": 3e-4}
 # the rank at which each method was published; that of lora is talora's
 RANK = {"talora": 32, "convlora": 3, "lora": 32}
 TARGETS, LAYERS = ("qkv", "all"), ("all", "last-half")
+# {field of an adapter's configuration: the option that decides it}
+DECIDED = {"r": "--rank", "target_modules": "--targets", "layers_to_transform": "--layers", "tasks": "--tasks"}
 # the recipe's scale-crops on NYUv2; train and test scenes are drawn alike, and crops would only take them apart
 CROP_SCALES = (1.0, 1.2, 1.5)
 SCENE_TASKS = ("semantic", "depth", "normals")
@@ -28,7 +33,7 @@ LARGEST_RATE = 10.0
 # without --checkpoint-every: this many checkpoints in a run, and no longer between them than so many steps
 CHECKPOINTS, LONGEST_INTERVAL = 10, 500
 # what an adapter given by --init-from says itself
-OF_THE_ADAPTER = ("method", "rank", "targets", "layers", "init_weights", "channel_mode", "image_size")
+OF_THE_ADAPTER = ("method", "rank", "targets", "layers", "config", "channel_mode", "image_size")
 # what says how to train, and nothing where there is no training
 OF_TRAINING = ("max_train_images", "task_weights", "crop_scales", "no_flip", "steps", "grad_accumulation", "lr", "decoder_lr", "norm_lr",
                "embedding_lr", "weight_decay", "task_pass", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
@@ -89,6 +94,22 @@ def task_weight(text: str) -> tuple[str, float]:
     return name, weight
 
 
+def config_field(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE; a value is a Python literal (0.1, True, [True, False, True]), or else text."""
+    name, equals, value = text.partition("=")
+    decider = DECIDED.get(name)
+    if not (name.isidentifier() and equals and value):
+        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {text!r}")
+    if decider is not None:
+        raise argparse.ArgumentTypeError(f"{name} is decided by {decider}, got {text!r}")
+    if value.lower() in ("true", "false", "none"):
+        return name, {"true": True, "false": False, "none": None}[value.lower()]
+    with contextlib.suppress(ValueError, TypeError, SyntaxError):
+        # as a checkpoint's file will have it: a tuple is a list there
+        return name, json.loads(json.dumps(ast.literal_eval(value)))
+    return name, value
+
+
 def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     parser = OneLineParser(prog=prog, description=description)
 
@@ -138,8 +159,8 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     add("--targets", choices=TARGETS, default="qkv", help="layers of the encoder that get an adapter: the fused q/k/v "
         "projections, or all linear ones")  # fmt: skip
     add("--layers", choices=LAYERS, default="all", help="blocks of the encoder that get an adapter")
-    add("--init-weights", choices=("split", "lora", "True", "orthogonal", "normalized"), help="how TA-LoRA starts (default: "
-        "split)")  # fmt: skip
+    add("--config", type=config_field, nargs="+", metavar="FIELD=VALUE", help="further fields of the adapter's configuration: of "
+        "TALoraConfig, ConvLoraConfig or PEFT's LoraConfig, such as talora_dropout=0.1 or init_weights=lora")  # fmt: skip
     add("--init-from", metavar="ADAPTER", help="start from the weights of this adapter, a folder or a Hub id; it says the "
         "method and all about the model")  # fmt: skip
     add("--channel-mode", choices=("token", "prompt"), default="token", help="one decoder pass per task, or the published one "
@@ -224,9 +245,8 @@ def misfit(args: argparse.Namespace, given: set[str]) -> str | None:
     """Why options that were given do not fit together; None where they do."""
     checks: list[tuple[bool, Sequence[str], str]] = [
         (args.dataset != "scenes", ["camera"], "is for rendered scenes, not for --dataset " + args.dataset),
-        (args.method != "talora", ["init_weights"], f"is TA-LoRA's, not for --method {args.method}"),
         (args.method not in RANK, ["rank"], f"does not apply to --method {args.method}: it has no rank"),
-        (args.method not in RANK, ["targets", "layers"], f"does not apply to --method {args.method}: it has no adapter"),
+        (args.method not in RANK, ["targets", "layers", "config"], f"does not apply to --method {args.method}: it has no adapter"),
         (args.method not in ADAPTER_LR, ["lr"], "does not apply to --method decoder: there is no adapter, see --decoder-lr"),
         (args.keep_best is None, ["patience"], "needs --keep-best METRIC"),
         (args.init_from is not None, OF_THE_ADAPTER, "cannot be chosen with --init-from: the adapter says it"),
@@ -242,9 +262,12 @@ def misfit(args: argparse.Namespace, given: set[str]) -> str | None:
         return "--eval-only needs --init-from ADAPTER"
     if args.baseline not in (None, "train", "none") and not Path(args.baseline).is_file():
         return f"--baseline: there is no file {args.baseline}"
-    names = [name for name, _ in args.task_weights or []]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    return None if twice is None else f"--task-weights: {twice} is there twice"
+    for each in ("task_weights", "config"):
+        names = [name for name, _ in getattr(args, each) or []]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            return f"{option(each)}: {twice} is there twice"
+    return None
 
 
 def option(name: str) -> str:
@@ -264,7 +287,7 @@ def fill_in(args: argparse.Namespace) -> None:
         args.lr = ADAPTER_LR.get(args.method)
     if args.crop_scales is None:
         args.crop_scales = [1.0] if scenes else list(CROP_SCALES)
-    args.task_weights = dict(args.task_weights or [])
+    args.task_weights, args.config = dict(args.task_weights or []), dict(args.config or [])
     args.base = base_path(args.base)
     if args.baseline is None:
         fresh = scenes and args.method != "decoder" and args.init_from is None

@@ -23,7 +23,11 @@ def test_seeds():
     assert parse_args(["--seeds", "7"])[0].rate_seeds == [7, 8]
 
 
-@pytest.mark.parametrize("text", ["magic", "talora:0", "talora:x", "talora:"])
+@pytest.mark.parametrize(
+    "text",
+    ["magic", "talora:0", "talora:x", "talora:", "talora:8:", "talora:r=8", "talora:scaling=1:8", "talora:a=b/c", "full:8",
+     "decoder:scaling=1", "magic:scaling=1"],
+)  # fmt: skip
 def test_impossible_methods(text, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--methods", text])
@@ -44,6 +48,7 @@ def test_impossible_methods(text, capsys):
         (["--lr=0.1"], "--lr"),
         (["--targets", "all"], "--targets"),
         (["--layers", "last-half"], "--layers"),
+        (["--config", "scaling=1"], "--config"),
         (["--decoder-l", "0.1"], "--decoder-lr"),
         (["--steps", "3", "--output-d", "x", "--resume", "latest"], "--resume"),
         (["--num-tr", "3"], "--max-train-images"),

@@ -4,8 +4,7 @@ import pytest
 import training.options
 from comparison import one_run
 from comparison.methods import METHODS, Entry
-from comparison.options import parse_args, split_common
-from comparison.plan import Amount, Cell, Plan, count_parameters, matching_ranks
+from comparison.plan import Amount, Cell, Plan, check_fields, count_parameters, matching_ranks
 from small_models import make_sam2
 
 import peft_talora as pt
@@ -95,14 +94,20 @@ class TestPlan:
         assert count_parameters(sam, METHODS["talora_last_half"], tasks, 4) == wide
         assert set(ranks) == METHODS.keys() - {"decoder", "full"} and ranks["convlora_equal"] > 1
 
-    @pytest.mark.parametrize("start", [["--init-weights", "lora"], ["--init-weights=lora"], ["--init-w", "lora"]])
-    def test_what_only_one_method_takes_goes_to_its_runs(self, tmp_path, start):
-        args, rest = parse_args([*start, "--steps", "7"])
-        common, special = split_common(rest, args.training)
-        assert common == ("--steps", "7")
-        plan = Plan(tmp_path, TASKS, {}, common, 7, special)
-        for name in METHODS:
-            arguments = next(iter(plan.jobs(Cell(Entry(name), Amount(8), 0), {name: 0.1}).values())).arguments
-            assert ("--init-weights" in arguments) == (METHODS[name].method == "talora")
-            assert one_run.make_parser().parse_known_args(arguments)[1]
-            training.options.parse_args(one_run.make_parser().parse_known_args(arguments)[1])
+    def test_fields_of_its_own_go_to_the_runs_of_a_row(self, tmp_path):
+        entry = Entry.parse("talora:8:init_weights=lora:scaling=1")
+        plan = Plan(tmp_path, TASKS, {"talora": 4}, ("--steps", "7"), 7)
+        (job,) = plan.jobs(Cell(entry, Amount(8), 0), {"talora": 0.1}).values()
+        given = training.options.parse_args(one_run.make_parser().parse_known_args(job.arguments)[1])
+        assert given.config == {"init_weights": "lora", "scaling": 1} and given.rank == 8
+        assert job.folder.parts[-3:-1] == ("talora-8-init_weights=lora-scaling=1", "rate-0.1")
+        assert entry.label == "TA-LoRA, r=8, init_weights=lora, scaling=1"
+        (plain,) = plan.jobs(Cell(Entry("talora"), Amount(8), 0), {"talora": 0.1}).values()
+        assert "--config" not in plain.arguments
+
+    def test_fields_are_checked_before_any_run(self):
+        check_fields([Entry.parse("talora:scaling=1"), Entry.parse("lora:use_dora=true"), Entry("decoder")])
+        with pytest.raises(ValueError, match=r"scalign=1: TALoraConfig has no such field.*did you mean scaling"):
+            check_fields([Entry("talora"), Entry.parse("talora:scalign=1")])
+        with pytest.raises(ValueError, match=r"`num_experts` must be .*got 0"):
+            check_fields([Entry.parse("convlora:num_experts=0")])

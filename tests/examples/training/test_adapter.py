@@ -34,6 +34,64 @@ def test_starts_from_an_adapter_of_any_method(run, options, tmp_path, method):
     assert second["arguments"]["--init-from"] == str(tmp_path / "first") and second["baseline"] is None
 
 
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("method", "fields", "expected"),
+        [
+            ("talora", ["talora_dropout=0.1", "init_weights=lora"], {"talora_dropout": 0.1, "init_weights": "lora"}),
+            ("convlora", ["num_experts=2", "gate_gradient=true"], {"num_experts": 2, "gate_gradient": True}),
+            ("lora", ["use_dora=true", "lora_alpha=3"], {"use_dora": True, "lora_alpha": 3}),
+        ],
+    )
+    def test_fields_are_the_adapters(self, run, options, tmp_path, method, fields, expected):
+        run(tmp_path / "out", *options, "--tasks", "depth", "--method", method, "--config", *fields)
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert {name: config[name] for name in expected} == expected
+        with pytest.raises(ValueError, match="--config"):
+            run(
+                tmp_path / "out",
+                *options,
+                "--tasks",
+                "depth",
+                "--method",
+                method,
+                "--resume",
+                "latest",
+                "--steps",
+                "4",
+            )
+
+    @pytest.mark.parametrize(
+        ("method", "field", "message"),
+        [
+            (
+                "talora",
+                "talora_dropuot=0.1",
+                "talora_dropuot=0.1: TALoraConfig has no such field.*mean talora_dropout",
+            ),
+            ("talora", "talora_dropout=2", "`talora_dropout` must be .*got 2"),
+            ("convlora", "scaling=1", "scaling=1: ConvLoraConfig has no such field to choose"),
+            ("lora", "use_dora=yes", "use_dora=yes: LoraConfig expects True or False"),
+            ("lora", "lora_dropout=much", "lora_dropout=much: LoraConfig expects a number"),
+            ("lora", "modules_to_save=x", "modules_to_save=x: LoraConfig has no such field to choose"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused_before_the_data(self, tmp_path, method, field, message):
+        arguments = [
+            "--dataset",
+            "missing",
+            "--method",
+            method,
+            "--config",
+            field,
+            "--output-dir",
+            str(tmp_path / "out"),
+        ]
+        with pytest.raises(ValueError, match=message):
+            script.main(arguments)
+        assert not (tmp_path / "out").exists()
+
+
 def test_trains_on(run, options, tmp_path):
     run(tmp_path / "first", *options, "--tasks", "depth")
     run(tmp_path / "second", *options, "--init-from", str(tmp_path / "first"), "--lr", "0.05")

@@ -61,6 +61,18 @@ class TestHelp:
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [("scaling=1", 1), ("scaling=1e-2", 0.01), ("noisy_gating=False", False), ("use_dora=true", True), ("r_in=None", None),
+     ("enable_qkv=[True, False, True]", [True, False, True]), ("grid_size=(4, 8)", [4, 8]), ("init_weights=lora", "lora"),
+     ("init_weights={1}", "{1}")],
+)  # fmt: skip
+def test_fields_of_a_configuration(text, value):
+    config = parse_args(["--config", text]).config
+    assert config == {text.partition("=")[0]: value} and type(next(iter(config.values()))) is type(value)
+    assert parse_args([]).config == {}
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--lr", "nan"], "--lr: expected a number from 0 to 10, got 'nan'"),
@@ -86,6 +98,11 @@ class TestHelp:
         (["--task-weights", "depth=0"], "--task-weights: expected TASK=NUMBER with a number above 0, got 'depth=0'"),
         (["--task-weights", "depth=nan"], "--task-weights"),
         (["--task-weights", "depth=1", "depth=2"], "--task-weights: depth is there twice"),
+        (["--config", "scaling"], "--config: expected FIELD=VALUE, got 'scaling'"),
+        (["--config", "scaling="], "--config: expected FIELD=VALUE"),
+        (["--config", "r=4"], "--config: r is decided by --rank, got 'r=4'"),
+        (["--config", "target_modules=proj"], "--config: target_modules is decided by --targets"),
+        (["--config", "scaling=1", "scaling=2"], "--config: scaling is there twice"),
         (["--stepz", "3"], "unrecognized arguments: --stepz"),
     ],
 )
@@ -101,7 +118,8 @@ def test_impossible_values(argv, message, refused):
             "--camera is for rendered scenes, not for --dataset folder:x",
         ),
         (["--dataset=x", "--camera=ultrasound"], "--camera is for rendered scenes"),
-        (["--method", "lora", "--init-weights", "normalized"], "--init-weights is TA-LoRA's, not for --method lora"),
+        (["--method", "full", "--config", "scaling=1"], "--config does not apply to --method full: it has no adapter"),
+        (["--init-from", "x", "--config", "scaling=1"], "--config cannot be chosen with --init-from"),
         (["--method", "decoder", "--rank", "4"], "--rank does not apply to --method decoder"),
         (["--method", "full", "--rank", "4"], "--rank does not apply to --method full"),
         (["--method", "full", "--targets", "all"], "--targets does not apply to --method full"),
