@@ -160,6 +160,29 @@ class TestComparison:
             in text
         )
 
+    def test_rows_with_fields_of_their_own(self, command, tmp_path, fake_runs, monkeypatch):
+        from matplotlib.axes import Axes
+
+        drawn, errorbar = [], Axes.errorbar
+        monkeypatch.setattr(
+            Axes, "errorbar", lambda *a, **more: drawn.append((more["label"], more["color"])) or errorbar(*a, **more)
+        )
+        rows = ["talora", "talora:scaling=1", "talora:2:scaling=1"]
+        with pytest.raises(ValueError, match="scalign"):
+            script.main([*command, "--no-tuning", "--methods", "talora", "talora:scalign=1"])
+        assert not fake_runs
+        script.main([*command, "--no-tuning", "--methods", *rows])
+        assert len(fake_runs) == 4 * 2
+        assert [r["method"] for r in read(tmp_path)["results"]][:4] == [
+            "decoder", "talora", "talora-scaling=1", "talora-2-scaling=1",
+        ]  # fmt: skip
+        text = (tmp_path / "out/comparison.md").read_text()
+        for label in ("TA-LoRA", "TA-LoRA, scaling=1", "TA-LoRA, r=2, scaling=1"):
+            assert f"\n| {label} | 0." in text
+        # two ranks with the same fields are one line of the plot
+        assert [label for label, _ in drawn] == ["TA-LoRA", "TA-LoRA, scaling=1"]
+        assert len({color for _, color in drawn}) == 2
+
     def test_no_tuning(self, command, tmp_path, fake_runs):
         script.main([*command, "--no-tuning", "--methods", "talora"])
         assert len(fake_runs) == 4
