@@ -119,12 +119,14 @@ def expert_usage(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         `{name of the layer: counts}`, LongTensors (num_experts,). A layer that the last forward did not reach is missing.
 
     Raises:
-        ValueError: Several adapters are active, and none is named.
+        ValueError: Several adapters are active, and none is named; or no layer has the one that is named.
     """
     usage = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, ConvLoraLayer):
-            continue
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ConvLoraLayer)}
+    known = sorted({adapter for layer in layers.values() for adapter in layer.convlora_A})
+    if adapter_name is not None and adapter_name not in known:
+        raise ValueError(f"There is no Conv-LoRA adapter '{adapter_name}', the known ones are {known}.")
+    for name, layer in layers.items():
         if adapter_name is None and len(layer.active_adapters) > 1:
             raise ValueError(f"Several adapters are active, {layer.active_adapters}: pass one as adapter_name.")
         counts = layer.expert_counts(adapter_name or next(iter(layer.active_adapters), ""))

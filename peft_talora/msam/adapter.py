@@ -55,8 +55,13 @@ def msam_fields(config: PreTrainedConfig) -> dict[str, Any]:
         "channel_mode": config.channel_mode,
         "image_size": config.image_size,
         "base_model_type": config.base_model_type,
-        "base": {name: getattr(backbone, name) for name in config.family.base_fields},
+        "base": {name: _as_in_files(getattr(backbone, name)) for name in config.family.base_fields},
     }
+
+
+def _as_in_files(value: Any) -> Any:
+    """A tuple is a list there."""
+    return [_as_in_files(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def check_same_msam(fields: Mapping[str, Any], config: PreTrainedConfig, base_name: str | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from ..routing.names import validate_task_names
 from ..talora.layer import TALoraLayer
 from .adapter import is_msam
-from .frozen import FrozenParameter, freeze
+from .frozen import freeze, frozen, keep_frozen
 from .growth import MSamGrowth
 from .tasks import TaskSpec
 
@@ -127,7 +127,8 @@ def _warn_of_no_gradient(layers: list[TALoraLayer], adapter_name: str) -> None:
 
 
 def _freeze(base: nn.Module, adapter_name: str) -> None:
-    """Freeze everything. What is the adapter's stays so, although PEFT switches it on again with every set_adapter."""
+    """Freeze everything. What is the adapter's stays so, although PEFT switches it on again with every set_adapter, and
+    however it is loaded."""
     base.requires_grad_(False)
     for module in base.modules():
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -140,4 +141,5 @@ def _freeze(base: nn.Module, adapter_name: str) -> None:
             if isinstance(trained, nn.Module):
                 freeze(trained)
             elif isinstance(trained, nn.Parameter):
-                parameters[adapter_name] = FrozenParameter(trained.data, requires_grad=False)
+                parameters[adapter_name] = frozen(trained)
+        keep_frozen(module)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..routing.router import number_added
+from ..routing.router import check_task_order, number_added
 from .checks import checked_chunk
 from .split import Features, States, is_task_aware, map_tensors
 
@@ -35,11 +35,12 @@ def encode_tasks(
         task_chunk: How many tasks run as one batch; all of them when None.
 
     Raises:
-        ValueError: `task_chunk` is no positive number; nothing was computed then.
+        ValueError: `task_chunk` is no positive number, or an adapter has other tasks; nothing was computed then.
     """
     chunk_size, encoder = checked_chunk(task_chunk, len(names)), model.vision_encoder
     if not is_task_aware(encoder):
         return dict.fromkeys(names, model.family.features(model, encoder(pixel_values, trunk_states=trunk_states)))
+    check_task_order(encoder, list(model.task_specs))
     chunks = _chunks(list(model.task_specs), names, chunk_size, number_added(encoder))
     if trunk_states is None and len(chunks) > 1:
         pixel_values, trunk_states = None, encoder(pixel_values, trunk_only=True)

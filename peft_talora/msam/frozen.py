@@ -28,14 +28,37 @@ class FrozenParameter(nn.Parameter):
         return FrozenParameter, (self.data, False)
 
 
+def frozen(parameter: nn.Parameter) -> nn.Parameter:
+    """A [`FrozenParameter`] with its data, or itself, frozen, where it has a type of its own (a shard)."""
+    if type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor:
+        return FrozenParameter(parameter.data, requires_grad=False)
+    parameter.requires_grad_(False)
+    return parameter
+
+
 def freeze(module: nn.Module) -> None:
-    """Make every parameter of `module` a [`FrozenParameter`], or freeze it where it has a type of its own (a shard)."""
+    """Make every parameter of `module` a frozen one."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            if type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor:
-                setattr(owner, name, FrozenParameter(parameter.data, requires_grad=False))
-            else:
-                parameter.requires_grad_(False)
+            setattr(owner, name, frozen(parameter))
+
+
+def keep_frozen(module: nn.Module) -> None:
+    """Let what is a [`FrozenParameter`] in `module` stay one where load_state_dict(assign=True) puts others in their places."""
+    if _note_frozen not in [hook.hook for hook in module._load_state_dict_pre_hooks.values()]:
+        module.register_load_state_dict_pre_hook(_note_frozen)
+        module.register_load_state_dict_post_hook(_restore_frozen)
+
+
+def _note_frozen(module: nn.Module, *args: Any) -> None:
+    module._frozen_names = [name for name, p in module.named_parameters() if isinstance(p, FrozenParameter)]
+
+
+def _restore_frozen(module: nn.Module, incompatible_keys: Any) -> None:
+    for name in module.__dict__.pop("_frozen_names", []):
+        owner, _, own_name = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        setattr(owner, own_name, frozen(getattr(owner, own_name)))
 
 
 class SavedDecoder(ModulesToSaveWrapper):

@@ -33,13 +33,14 @@ def encoder_state_for(vision_config: PreTrainedConfig, encoder: nn.Module) -> di
     """The state dict of a SAM vision encoder, its position embeddings resized to `vision_config`.
 
     The absolute embedding and the relative ones of the global layers depend on the image size; those of windowed
-    layers do not.
+    layers do not. Without windows (a size of 0) all layers are global.
     """
     grid = vision_config.image_size // vision_config.patch_size
     state = dict(encoder.state_dict())
     if state.get("pos_embed") is not None:
         state["pos_embed"] = resize_absolute(state["pos_embed"], grid)
-    for index in vision_config.global_attn_indexes:
+    layers = range(vision_config.num_hidden_layers)
+    for index in vision_config.global_attn_indexes if vision_config.window_size else layers:
         for axis in ("h", "w"):
             key = f"layers.{index}.attn.rel_pos_{axis}"
             if key in state:

@@ -17,6 +17,7 @@ from transformers.models.sam.modeling_sam import SamPreTrainedModel
 
 from ..auxiliary import auxiliary_loss
 from ..routing.requests import TaskRequest
+from ..routing.router import check_task_order
 from ..saving.loading import load_saved
 from .checks import check_all_labels, check_inputs, checked_image_size, checked_task_ids, wanted_tasks
 from .configuration import MSamConfig
@@ -263,6 +264,7 @@ class MSamForMultiTask(SamPreTrainedModel):
             image_index = {name: torch.nonzero(ids == t).flatten() for t, name in enumerate(self.task_specs)}
             check_all_labels(self.task_specs, labels, batch_size, image_index)
             if image_embeddings is None:
+                check_task_order(self.vision_encoder, list(self.task_specs))
                 encoded = self.vision_encoder(pixel_values, trunk_states=trunk_states, branches=ids)
                 image_embeddings = self.family.features(self, encoded)
             embeddings = embeddings_by_task(image_embeddings, image_index)
@@ -281,6 +283,8 @@ class MSamForMultiTask(SamPreTrainedModel):
         self, pixel_values: torch.Tensor, tasks: Sequence[str] | str | None = None, task_chunk: int | None = None
     ) -> dict[str, Features]:
         """The image embeddings (B, C, h, w) of the wanted tasks, to be passed to `forward` as `image_embeddings`.
+
+        For use, not for training with Conv-LoRA: the balancing loss belongs to this call, and is not in a later forward's loss.
 
         Where the base's decoder takes more, they are tuples that end with it: of SAM 2 and 3 the features of two higher
         resolutions come first, of SAM-HQ the first global block's output.

@@ -29,6 +29,10 @@ class Routing:
     adapter_names: tuple[str, ...] | None = None
 
 
+class SuspendedBlock(RuntimeError):
+    """A model is called outside of the `use_task` block that is open, that of a suspended generator."""
+
+
 @dataclass(frozen=True, eq=False)
 class OpenBlock:
     """A `with` block that is open: its routing, and the generator or coroutine that it was opened in, if any."""
@@ -64,7 +68,7 @@ class OpenBlocks:
                 return
         suspended = self.blocks[-1].owner
         name = suspended.f_code.co_name if suspended is not None else ""
-        raise RuntimeError(
+        raise SuspendedBlock(
             "A model is called outside of the `use_task` block that is open in this thread: the generator or coroutine "
             f"'{name}', which opened it, is suspended. Call the model inside of the block, "
             "or give the call its own `use_task` block or task_ids."

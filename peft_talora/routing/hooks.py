@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from .blocks import SuspendedBlock
 from .router import TaskRouter, check_batch_size
 
 
@@ -24,16 +25,24 @@ def _route_forward(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of the base model."""
     task_ids = kwargs.pop("task_ids", None)
-    override = router.override
+    if kwargs.get("branches") is not None or kwargs.get("trunk_only"):
+        # the vision encoder of an mSAM, which has its tasks from the mSAM, or needs none
+        return args, kwargs
+    try:
+        override = router.override
+    except SuspendedBlock:
+        if not _is_disabled(model):
+            raise
+        return args, kwargs
     if task_ids is not None and (override is None or override.source is not task_ids) and not _is_disabled(model):
         raise ValueError(
             f"{type(model).__name__} was called with task_ids without its PeftModel. "
             "Use `with peft_talora.use_task(model, task_ids): model(...)`."
         )
     if override is not None:
-        batch_size = _batch_size(model, args, kwargs)
-        if batch_size is not None:
-            check_batch_size(override, batch_size)
+        sizes = _batch_sizes(model, args, kwargs)
+        if sizes:
+            check_batch_size(override, sizes)
     return args, kwargs
 
 
@@ -41,13 +50,11 @@ def _is_disabled(model: nn.Module) -> bool:
     return all(m.disable_adapters for m in model.modules() if isinstance(m, BaseTunerLayer))
 
 
-def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The batch size, as the main input or else the first tensor argument has it."""
+def _batch_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """The batch size, as the main input has it; without one, those that the tensors among the arguments may mean."""
     main_input = kwargs.get(getattr(model, "main_input_name", ""))
-    for value in (main_input, *args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.ndim:
-            return value.shape[0]
-    return None
+    values = (*args, *kwargs.values()) if main_input is None else (main_input,)
+    return [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.ndim]
 
 
 def _is_task_hook(hook: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The tuned layers of a model, found without a walk through all of its modules in every forward."""
+"""The tuned layers of a model: searched for, or in its forward found again without a walk through all of its modules."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ _made = 0
 
 
 def layer_made() -> None:
-    """Say that there is a new tuned layer, somewhere: models are searched again."""
+    """Say that there is a new tuned layer, somewhere, or a copy of one: models are searched again."""
     global _made
     _made += 1
 
 
 def tuned_layers(model: nn.Module) -> list[Any]:
-    """The layers of this package's tuners in `model`, each once.
+    """The layers of this package's tuners in `model`, each once."""
+    return [layer for _, layer in _search(model)]
 
-    What was found before is used as long as no tuned layer was made since, and all of them are still in their places.
+
+def layers_of_forward(model: nn.Module) -> list[Any]:
+    """As [`tuned_layers`], of a model that looks for its own layers in every forward.
+
+    What was found before is used as long as no tuned layer was made or copied since, and all of them are still in their
+    places. It would miss one that was made before and is put into a place of its own.
     """
     if torch.compiler.is_compiling():
-        return [layer for _, layer in _search(model)]
+        return tuned_layers(model)
     made, found = _FOUND.get(model, (-1, []))
     # a model without any is searched every time: layers that were made elsewhere may have been put into it
     if made != _made or not found or any(_at(model, path) is not layer for path, layer in found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from torch import nn
 
@@ -28,7 +28,7 @@ def validate_task_names(names: Iterable[str]) -> tuple[str, ...]:
     """
     if isinstance(names, str):
         raise ValueError(f"expected a list of task names, got the string {names!r}")
-    if not isinstance(names, Iterable):
+    if not isinstance(names, Iterable) or isinstance(names, Set):
         raise ValueError(f"expected a list of task names, got {names!r}")
     names, known = tuple(names), set()
     if not names:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from .blocks import Routing
+from .blocks import Routing, SuspendedBlock
 from .router import TaskRouter, live_routers
 
 
@@ -36,7 +36,11 @@ def checkpoint_context() -> tuple[Any, Any]:
         checkpoint(block, x, use_reentrant=False, context_fn=peft_talora.checkpoint_context)
         ```
     """
-    snapshots = [(router, router.snapshot()) for router in live_routers()]
+    snapshots = []
+    for router in live_routers():
+        # of a model that is not called here; were it, its layers would say so
+        with suppress(SuspendedBlock):
+            snapshots.append((router, router.snapshot()))
     # the forward asks for its tasks in the same way as the replay: compiled code is guarded by it, and would be other code
     return _Tasks(snapshots, replay=False), _Tasks(snapshots, replay=True)
 

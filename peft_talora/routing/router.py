@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .blocks import OpenBlock, OpenBlocks, Routing, suspendable_owner
-from .layers import tuned_layers
+from .layers import layer_made, layers_of_forward, tuned_layers
 from .requests import Task, TaskRequest, resolve_task
 
 _LIVE_ROUTERS: weakref.WeakSet[TaskRouter] = weakref.WeakSet()
@@ -57,6 +57,7 @@ class TaskRouter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         TaskRouter.__init__(self)
+        layer_made()
         self.__dict__.update(copy.deepcopy(state))
 
     @property
@@ -64,7 +65,7 @@ class TaskRouter:
         """The routing of the current `with` block or forward in this thread, or None.
 
         Raises:
-            RuntimeError: The only open blocks are those of generators or coroutines that are suspended.
+            SuspendedBlock: The only open blocks are those of generators or coroutines that are suspended.
         """
         state = self._thread.state
         if not torch.compiler.is_compiling():
@@ -156,24 +157,33 @@ class TaskRouter:
         return self.override or Routing(dict(self.active))
 
 
-def check_batch_size(routing: Routing, batch_size: int) -> None:
-    """Raise ValueError when a per-sample routing is not for `batch_size` samples."""
-    if routing.adapter_names is not None and len(routing.adapter_names) != batch_size:
+def check_batch_size(routing: Routing, sizes: Sequence[int]) -> None:
+    """Raise ValueError when a per-sample routing is for none of these numbers of samples."""
+    if routing.adapter_names is not None and len(routing.adapter_names) not in sizes:
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(routing.adapter_names)} and {batch_size} respectively."
+            f"{len(routing.adapter_names)} and {sizes[0]} respectively."
         )
     for ids in routing.by_adapter.values():
-        if isinstance(ids, torch.Tensor) and ids.shape[0] != batch_size:
+        if isinstance(ids, torch.Tensor) and ids.shape[0] not in sizes:
             raise ValueError(
-                f"task_ids names the tasks of {ids.shape[0]} samples, but the batch has {batch_size}: one id per sample."
+                f"task_ids names the tasks of {ids.shape[0]} samples, but the batch has {sizes[0]}: one id per sample."
             )
 
 
 def find_routers(model: nn.Module) -> list[TaskRouter]:
     """The task routers of all tuned layers in `model`, each once."""
+    return _routers_of(tuned_layers(model))
+
+
+def routers_of_forward(model: nn.Module) -> list[TaskRouter]:
+    """As [`find_routers`], of a model that asks in every forward; see [`layers_of_forward`]."""
+    return _routers_of(layers_of_forward(model))
+
+
+def _routers_of(layers: Sequence[Any]) -> list[TaskRouter]:
     routers: list[TaskRouter] = []
-    for layer in tuned_layers(model):
+    for layer in layers:
         router = getattr(layer, "task_router", None)
         if isinstance(router, TaskRouter) and not any(router is known for known in routers):
             routers.append(router)
@@ -182,8 +192,19 @@ def find_routers(model: nn.Module) -> list[TaskRouter]:
 
 def number_added(model: nn.Module) -> int:
     """How many of the last tasks were added later to the adapters in `model`, the most of any."""
-    numbers = [number for router in find_routers(model) for number in router.added.values()]
+    numbers = [number for router in routers_of_forward(model) for number in router.added.values()]
     return max([0, *numbers])
+
+
+def check_task_order(model: nn.Module, tasks: Sequence[str]) -> None:
+    """Raise ValueError unless all adapters in `model` have these tasks in this order, so that an index means the same."""
+    for router in routers_of_forward(model):
+        for adapter_name, own in router.tasks.items():
+            if own != tuple(tasks):
+                raise ValueError(
+                    f"The adapter '{adapter_name}' in the {type(model).__name__} has the tasks {list(own)}, the model around it "
+                    f"has {list(tasks)}: they must be the same, in the same order. get_peft_model(msam, ...) takes them over."
+                )
 
 
 def live_routers() -> list[TaskRouter]:
@@ -242,6 +263,6 @@ def using_ids(model: nn.Module, ids: int | torch.Tensor) -> Iterator[None]:
         ids: The index of one task, or a LongTensor (B,) of one per sample.
     """
     with ExitStack() as stack:
-        for router in find_routers(model):
+        for router in routers_of_forward(model):
             stack.enter_context(router.using(Routing(dict.fromkeys(router.tasks, ids), source=ids)))
         yield

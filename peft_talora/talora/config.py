@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from ..tuner.config import TargetsConfig
 
 # the names of projections that are no fused one
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# and those of fused ones
+FUSED_NAME = re.compile("qkv|query_key_value|in_proj|c_attn", re.IGNORECASE)
 INIT_WEIGHTS = (True, False, "split", "lora", "orthogonal", "normalized")
 
 
@@ -176,6 +179,12 @@ class TALoraConfig(TargetsConfig):
             raise ValueError(
                 f"`enable_qkv` is for a fused q/k/v projection of three equal parts, but the layer '{name}' has "
                 f"{out_features} output features, which is not divisible by 3."
+            )
+        if not FUSED_NAME.search(name.rpartition(".")[2]):
+            warnings.warn(
+                f"`enable_qkv` takes the layer '{name}' for a fused q/k/v projection and leaves a part of its {out_features} "
+                "outputs without an update. If it is none, leave it out of target_modules in TALoraConfig.",
+                stacklevel=2,
             )
         return sum(self.enable_qkv) * (out_features // 3)
 

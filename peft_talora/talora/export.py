@@ -45,6 +45,10 @@ def task_to_lora(model: nn.Module, task: str | int) -> tuple[LoraConfig, dict[st
     layers = {
         name: layer for name, layer in layers.items() if adapter_name in layer.talora_G and _fits_base(base, name)
     }
+    if not layers:
+        raise ValueError(
+            f"The adapter '{adapter_name}' has no TA-LoRA layer outside of the mask decoders, which a SAM does not have."
+        )
     _check_image_size(base)
     state: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():

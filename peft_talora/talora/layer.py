@@ -113,11 +113,15 @@ class TALoraLayer(MergingLayer):
 
     def ortho_norms(self, adapter_name: str) -> torch.Tensor:
         """The 2 + v Frobenius norms of MTSAM's orthogonality term: of U1, U2 and every slice of G, each against I."""
-        U1, U2 = self.talora_U1[adapter_name], self.talora_U2[adapter_name]
-        G = self.talora_G[adapter_name].permute(2, 0, 1)
-        grams = [(U1.T @ U1)[None], (U2.T @ U2)[None], G.mT @ G]
-        eyes = [torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) for gram in grams]
-        return torch.cat([torch.linalg.matrix_norm(gram - eye) for gram, eye in zip(grams, eyes, strict=True)])
+        G, U1, U2, _ = (
+            factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.parameters_of(adapter_name)
+        )
+        # autocast would round the products, of which little is left once I is taken away
+        with torch.autocast(U1.device.type, enabled=False):
+            slices = G.permute(2, 0, 1)
+            grams = [(U1.T @ U1)[None], (U2.T @ U2)[None], slices.mT @ slices]
+            eyes = [torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) for gram in grams]
+            return torch.cat([torch.linalg.matrix_norm(gram - eye) for gram, eye in zip(grams, eyes, strict=True)])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter `adapter_name` and its tasks."""
@@ -223,7 +227,9 @@ class TALoraLinear(nn.Module, TALoraLayer):
     def _mixed_hidden(self, adapter_name: str, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x U1 (s M_t) with the task t of each sample: (rows, ..., d) -> (rows, ..., q)."""
         rows, batch = x.shape[0], ids.shape[0]
-        if rows % batch:
+        if batch == 0 and rows == 0:
+            return x.new_zeros(*x.shape[:-1], self.r_out[adapter_name])
+        if batch == 0 or rows % batch:
             raise ValueError(
                 f"task_ids names the tasks of {batch} samples, but a layer sees {rows} rows, which is no multiple of "
                 f"it: one id per sample. The known tasks are {list(self.task_router.tasks[adapter_name])}."

@@ -53,6 +53,8 @@ class MergingLayer(PluginLayer):
             merged, requested = self.merged_tasks[adapter_name], self.task_of(adapter_name)
             if isinstance(requested, torch.Tensor):
                 if torch.compiler.is_compiling():
+                    message = f"The adapter '{adapter_name}' is merged for the task '{tasks[merged]}', and task_ids ask for others."
+                    torch._assert_async((requested == merged).all(), message)
                     continue
                 other = [tasks[i] for i in requested.unique().tolist() if i != merged]
             else:

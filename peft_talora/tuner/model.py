@@ -68,6 +68,12 @@ class PluginTuner(BaseTuner):
         parameter = cls.tuner_layer_cls.adapter_layer_names[-1]
         return with_settings(state, config.settings(), f"{parameter}.{adapter_name}")
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's would take any part of that name, and a task may be called like the adapter
+        head = key.removesuffix(f".{adapter_name}")
+        return head if head.rpartition(".")[2] in cls.tuner_layer_cls.adapter_layer_names else key
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         """As in PEFT; an mSAM's default targets are those of its base."""
         if peft_config.target_modules is None and model_config["model_type"] == MSAM_MODEL_TYPE:

@@ -327,6 +327,8 @@ class TestLastForward:
     def test_usage(self):
         model, layer = tuned_linear()
         assert expert_usage(model) == {}
+        with pytest.raises(ValueError, match=r"no Conv-LoRA adapter 'defualt', the known ones are \['default'\]"):
+            expert_usage(model, "defualt")
         model.eval()
         model(tokens(20, 4, 4, 10))
         usage = expert_usage(model)

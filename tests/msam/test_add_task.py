@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from process_groups import in_a_process_group
 from small_growth import (
     EDGES,
@@ -73,6 +73,21 @@ class TestOtherTasks:
             one.set_requires_grad("default")
             assert trained_names(one) == expected
             torch.testing.assert_close(predict(one), predict(model), rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", ["talora", "convlora", "lora"])
+    def test_stay_frozen_in_other_parameters(self, kind):
+        model = in_use(kind)
+        add_task(model, "edges", EDGES)
+        expected, state = trained_names(model), copy.deepcopy(model.state_dict())
+        for load in (
+            lambda: model.load_state_dict(state, assign=True),
+            lambda: set_peft_model_state_dict(model, get_peft_model_state_dict(model), low_cpu_mem_usage=True),
+        ):
+            load()
+            model.set_adapter("default")
+            with model.disable_adapter():
+                pass
+            assert trained_names(model) == expected
 
     def test_a_second_one_freezes_the_first(self):
         model = in_use()

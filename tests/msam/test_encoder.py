@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from small_models import label_maps
 
-from peft_talora import ConvLoraConfig, MSamForMultiTask, TALoraConfig, TaskSpec
+from peft_talora import ConvLoraConfig, MSamForMultiTask, TALoraConfig, TaskSpec, use_task
 
 TASKS = {
     "semantic": TaskSpec("semantic", num_channels=3),
@@ -120,3 +120,30 @@ class TestBadInput:
             model(trunk_states=torch.zeros(2, 8, 8, 8))
         with pytest.raises(ValueError, match="exactly one of"):
             model(pixels(), trunk_states=torch.zeros(2, 8, 8, 16))
+
+
+def test_an_adapter_of_the_encoder_alone_with_the_tasks_in_another_order(sam):
+    msam = MSamForMultiTask.from_sam(sam, TASKS)
+    names = list(TASKS)
+    inject_adapter_in_model(TALoraConfig(tasks=names[::-1], r=2, init_weights=False), msam.vision_encoder)
+    images = torch.randn(2, 3, 32, 32)
+    message = (
+        r"'default' in the \w+ has the tasks \['normals', 'depth', 'semantic'\], the model around it has \['semantic'"
+    )
+    for given in ({}, {"tasks": ["depth"]}, {"task_ids": ["depth", "normals"]}):
+        with pytest.raises(ValueError, match=message):
+            msam(images, **given)
+
+
+def test_an_adapter_of_the_encoder_alone(sam):
+    msam = MSamForMultiTask.from_sam(sam, TASKS).eval()
+    inject_adapter_in_model(TALoraConfig(tasks=list(TASKS), r=2, init_weights=False), msam.vision_encoder)
+    images, logits = torch.randn(2, 3, 32, 32), {}
+    with torch.no_grad():
+        for name in TASKS:
+            with use_task(msam, name):
+                embeddings = msam.vision_encoder(images).last_hidden_state
+            logits[name] = msam(image_embeddings=embeddings, tasks=[name]).logits[name]
+        found = msam(images).logits
+    for name, expected in logits.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)

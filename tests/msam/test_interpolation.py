@@ -84,6 +84,13 @@ class TestFromSam:
         torch.testing.assert_close(embed(msam.vision_encoder, pixels), embed(reference, pixels), rtol=0, atol=1e-11)
         assert msam(pixels).logits["depth"].shape == (2, 1, image_size, image_size)
 
+    def test_without_windows_all_layers_are_global(self, sam_factory):
+        sam, pixels = sam_factory(window_size=0).double(), torch.randn(2, 3, 48, 48, dtype=torch.float64)
+        msam, reference = make(sam, 48), copy.deepcopy(sam.vision_encoder)
+        reference.pos_embed = torch.nn.Parameter(resize_absolute(sam.vision_encoder.pos_embed, 12))
+        reference.patch_embed.image_size = (48, 48)
+        torch.testing.assert_close(embed(msam.vision_encoder, pixels), embed(reference, pixels), rtol=0, atol=1e-11)
+
     def test_there_and_back_by_config(self, sam, tmp_path):
         msam = make(sam, 48)
         msam.save_pretrained(tmp_path)

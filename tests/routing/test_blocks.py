@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from small_models import images
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_talora import TALoraConfig, checkpoint_context
+from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec, checkpoint_context
 
 
 def tuned(sam):
@@ -86,6 +87,42 @@ class TestInterleavedBlocks:
         model.set_task("b")
         assert torch.equal(embed(model), embed_as(model, "b"))
 
+    def test_a_suspended_block_concerns_no_call_that_has_no_use_of_it(self, sam_factory):
+        model, student = tuned(sam_factory()), tuned(sam_factory()).train()
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        expected = gradients(student, student.vision_encoder(images()).last_hidden_state)
+        with model.disable_adapter():
+            plain = embed(model)
+
+        def inside():
+            with model.use_task("b"):
+                yield
+
+        for _ in inside():
+            got = gradients(student, student.vision_encoder(images()).last_hidden_state)
+            assert got.keys() == expected.keys()
+            assert all(torch.equal(got[name], value) for name, value in expected.items())
+            with model.disable_adapter():
+                assert torch.equal(embed(model), plain)
+            with pytest.raises(RuntimeError, match="is suspended"):
+                model.vision_encoder(images())
+
+    @pytest.mark.parametrize("given", [{"tasks": ["depth"]}, {"task_ids": ["depth", "edges"]}, {}])
+    def test_an_msam_whose_call_says_its_tasks(self, sam, given):
+        msam = MSamForMultiTask.from_sam(sam.double(), {"depth": TaskSpec("depth"), "edges": TaskSpec("binary")})
+        model = get_peft_model(msam, TALoraConfig(r=2, init_weights=False), autocast_adapter_dtype=False).eval()
+        expected = model(images(), **given).logits
+
+        def inside():
+            with model.use_task("edges"):
+                yield
+
+        for _ in inside():
+            logits = model(images(), **given).logits
+            assert logits.keys() == expected.keys() and all(
+                torch.equal(logits[name], expected[name]) for name in logits
+            )
+
     def test_context_managers_of_the_users_own(self, sam):
         model = tuned(sam)
 
@@ -144,6 +181,36 @@ def test_the_number_of_ids_is_checked_by_submodules(sam, call):
     model = tuned(sam)
     with model.use_task(["a", "b", "a"]), pytest.raises(ValueError, match=r"3 samples, but the batch has 2"):
         getattr(model, call)(images())
+
+
+class Timed(nn.Module):
+    """A model of one's own whose first argument has no batch dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, time, x):
+        return self.linear(x) + time
+
+
+def test_the_batch_may_be_that_of_any_argument():
+    model = get_peft_model(Timed(), TALoraConfig(tasks=["a", "b"], target_modules=["linear"], init_weights=False))
+    time, x = torch.ones(1), torch.randn(2, 4)
+    mixed = model(time, x, task_ids=["a", "b"])
+    for row, task in enumerate(["a", "b"]):
+        model.set_task(task)
+        torch.testing.assert_close(mixed[row], model(time, x)[row])
+    with pytest.raises(ValueError, match="names the tasks of 3 samples"):
+        model(time, x, task_ids=["a", "b", "a"])
+
+
+def test_a_batch_without_samples():
+    config = TALoraConfig(tasks=["a", "b"], target_modules=["linear"], init_weights=False)
+    model, none = get_peft_model(Timed(), config), torch.zeros(0, dtype=torch.long)
+    assert model(torch.ones(1), torch.zeros(0, 4), task_ids=none).shape == (0, 6)
+    with pytest.raises(ValueError, match="names the tasks of 0 samples"):
+        model(torch.ones(1), torch.zeros(2, 4), task_ids=none)
 
 
 def test_an_id_without_dimensions_is_one_task_for_all(sam):

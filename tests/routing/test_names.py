@@ -18,7 +18,7 @@ def test_double_name_is_named():
         validate_task_names(["depth", "normals", "depth"])
 
 
-@pytest.mark.parametrize("names", [[], "depth", [3]])
+@pytest.mark.parametrize("names", [[], "depth", [3], {"depth", "edges"}])
 def test_what_is_no_list_of_names(names):
     with pytest.raises(ValueError):
         validate_task_names(names)

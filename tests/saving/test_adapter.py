@@ -21,7 +21,7 @@ from small_adapters import (
 )
 from small_models import move_saved_modules
 
-from peft_talora import MSamForMultiTask, TALoraConfig, default_modules_to_save, save_adapter
+from peft_talora import ConvLoraConfig, MSamForMultiTask, TALoraConfig, TaskSpec, default_modules_to_save, save_adapter
 from peft_talora.saving import directory as files_module
 
 FROM_ADAPTER = MSamForMultiTask.from_adapter
@@ -118,7 +118,7 @@ class TestWhatCouldNotBeLoadedAgain:
                     parameter.add_(0.05 * torch.randn_like(parameter))
         return model.eval()
 
-    @pytest.mark.parametrize("kind", ["loha", "ia3", "vera", "norms", "dora", "biases", "pissa"])
+    @pytest.mark.parametrize("kind", ["loha", "ia3", "vera", "norms", "dora", "biases", "pissa", "nested"])
     def test_saved_and_loaded(self, sam, pixels, tmp_path, kind):
         model = self.tuned(sam, kind)
         save_adapter(model, tmp_path / "adapter")
@@ -133,7 +133,6 @@ class TestWhatCouldNotBeLoadedAgain:
                 r"not saved: .*/adapter/adapter_config\.json describes no adapter that PEFT can put on an MSamFor",
             ),
             ("by chance", "init_lora_weights='pissa_niter_2' changed the SAM's own weights"),
-            ("nested", r"not saved: .*/adapter/adapter_model\.safetensors cannot be loaded .*layer_norm1"),
         ],
     )
     def test_refused(self, sam, tmp_path, kind, message):
@@ -148,6 +147,33 @@ class TestWhatCouldNotBeLoadedAgain:
         model.base_model.set_adapter(["default", "second"])
         with pytest.raises(ValueError, match=r"One adapter is saved, but \['default', 'second'\] are active"):
             save_adapter(model, tmp_path / "adapter")
+
+
+def test_a_sam_whose_configuration_has_tuples(sam_factory, pixels, tmp_path):
+    sam = sam_factory(global_attn_indexes=(1,))
+    model = get_peft_model(
+        MSamForMultiTask.from_sam(sam, TASKS, image_size=48), TALoraConfig(r=2, init_weights=False)
+    ).eval()
+    save_adapter(model, tmp_path)
+    assert_same(predict(FROM_ADAPTER(tmp_path, base_model=sam), pixels), predict(model, pixels))
+
+
+@pytest.mark.parametrize("make_config", [TALoraConfig, ConvLoraConfig])
+@pytest.mark.parametrize(
+    "task, adapter_name", [("default", "default"), ("depth", "depth"), ("depth", "weight"), ("depth", "0")]
+)
+def test_a_task_called_like_the_adapter(sam, pixels, tmp_path, make_config, task, adapter_name):
+    tasks = {task: TASKS["depth"], "edges": TaskSpec("binary")}
+    msam = MSamForMultiTask.from_sam(sam, tasks, image_size=48)
+    model = get_peft_model(msam, make_config(r=2, init_weights=False), adapter_name=adapter_name).eval()
+    with torch.no_grad():
+        move_saved_modules(model)
+        expected = model(pixels).logits
+    save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "pefts")
+    for folder in ("ours", "pefts"):
+        path = next((tmp_path / folder).rglob("adapter_config.json")).parent
+        assert_same(predict(FROM_ADAPTER(path, base_model=sam), pixels), expected)
 
 
 class TestChecksums:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -116,6 +117,13 @@ class TestValidation:
         model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 8))
         with pytest.raises(ValueError, match=r"the layer '1' has 8 output features, which is not divisible by 3"):
             tuned(model, target_modules=["0", "1"], enable_qkv=[True, False, True])
+
+    def test_enable_qkv_on_a_layer_that_is_hardly_a_fused_one(self, sam):
+        with pytest.warns(UserWarning, match=r"takes the layer '0' for a fused q/k/v projection.*target_modules"):
+            tuned(nn.Sequential(nn.Linear(4, 6)), target_modules=["0"], enable_qkv=[True, False, True])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            tuned(sam, target_modules=["qkv"], r=3, r_task=3, enable_qkv=[True, False, True])
 
     def test_a_layer_that_is_not_linear(self):
         with pytest.raises(TypeError, match=r"Target module '0' \(Conv2d\) is not supported"):

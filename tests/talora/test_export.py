@@ -110,6 +110,15 @@ def test_of_an_msam_the_sam_s_norms_are_left_alone(sam_factory, tmp_path):
     assert all("mask_decoders" not in name for name in plain.peft_config["default"].target_modules)
 
 
+def test_an_adapter_of_the_decoders_alone(sam):
+    config = TALoraConfig(
+        r=4, target_modules=["mask_decoders.edges.transformer.layers.0.mlp.lin1"], modules_to_save=[]
+    )
+    model = get_peft_model(MSamForMultiTask.from_sam(sam, TASKS), config)
+    with pytest.raises(ValueError, match="'default' has no TA-LoRA layer outside of the mask decoders"):
+        task_to_lora(model, "edges")
+
+
 def test_a_name_that_is_the_end_of_another(tmp_path):
     """PEFT would tune the longer one, too."""
     torch.manual_seed(0)

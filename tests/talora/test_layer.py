@@ -67,6 +67,22 @@ def test_update_is_never_materialised(monkeypatch):
     assert seen and not built
 
 
+def test_autocast_does_not_round_the_orthogonality_term():
+    # near the optimum little is left of U^T U once I is taken away
+    _, layer = tuned_linear(256, 256, r_in=16, r_out=16, ortho_reg_weight=1.0)
+    layer.float()
+    for name in ("U1", "U2"):
+        parameter = getattr(layer, f"talora_{name}")["default"]
+        parameter.data = torch.linalg.qr(torch.randn(256, 16))[0] * 1.002
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            norms = layer.ortho_norms("default")
+        gradients.append(torch.autograd.grad(norms.mean(), layer.talora_U2["default"])[0])
+        assert norms.dtype == torch.float32
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
 def read_cases():
     with safe_open(FIXTURE, "pt") as file:
         return json.loads(file.metadata()["cases"])

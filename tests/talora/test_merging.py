@@ -34,6 +34,11 @@ class TestMerge:
         model(x, task_ids=["b", "b"])
         with pytest.raises(ValueError, match=r"merged for the task 'b'.*'c'"):
             model(x, task_ids=["b", "c"])
+        # compiled code cannot look at the ids before it runs
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, task_ids=torch.tensor([1, 1])), model(x))
+        with pytest.raises(RuntimeError, match="merged for the task 'b'"):
+            compiled(x, task_ids=torch.tensor([1, 2]))
         model.set_task("a")
         with pytest.raises(ValueError, match=r"merged for the task 'b'.*'a'"):
             model(x)
