@@ -52,7 +52,7 @@ def load_coco(path: str | Path) -> DatasetDict:
     import_coco_masks()
     files = _annotation_files(Path(path).expanduser())
     contents = {split: _read(file) for split, file in files.items()}
-    categories = {each["id"]: each["name"] for content in contents.values() for each in content["categories"]}
+    categories = _categories(files, contents)
     used = {annotation["category_id"] for content in contents.values() for annotation in content["annotations"]}
     ids = sorted(number for number in categories if number in used)
     classes = {number: position for position, number in enumerate(ids, start=1)}
@@ -63,7 +63,7 @@ def load_coco(path: str | Path) -> DatasetDict:
         images = [(image["id"], str(_image_file(files[split], image["file_name"]))) for image in content["images"]]
         values = {IMAGE_COLUMN: [file for _, file in images]}
         values |= {column: [number for number, _ in images] for column in columns.values()}
-        rows = CocoRows(content["annotations"], classes, files[split])
+        rows = CocoRows(content["annotations"], classes, files[split], content["images"])
         dataset[split] = datasets.Dataset.from_dict(values, features=datasets.Features(features)).with_transform(rows)
     dataset.content = repr([file_state(file) for file in files.values()])
     names = [BACKGROUND, *(categories[number] for number in ids)]
@@ -82,10 +82,20 @@ class CocoRows:
         annotations: The objects of all images.
         classes: ``{category: class}``.
         source: The file that they are from.
+        images: The images, with the sizes that the outlines belong to where the file says them.
     """
 
-    def __init__(self, annotations: Sequence[Mapping[str, Any]], classes: Mapping[int, int], source: Path) -> None:
+    def __init__(
+        self,
+        annotations: Sequence[Mapping[str, Any]],
+        classes: Mapping[int, int],
+        source: Path,
+        images: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         self.classes, self.source = dict(classes), source
+        self.sizes = {
+            image["id"]: (image["height"], image["width"]) for image in images if {"height", "width"} <= image.keys()
+        }
         self._objects: dict[int, list[Mapping[str, Any]]] = {}
         for annotation in annotations:
             self._objects.setdefault(annotation["image_id"], []).append(annotation)
@@ -105,7 +115,12 @@ class CocoRows:
         return columns
 
     def label_maps(self, number: int, size: tuple[int, int], file: str) -> dict[str, np.ndarray]:
-        """``{task: int64 (H, W)}`` of an image."""
+        """``{task: int64 (H, W)}`` of an image. Raises ValueError where its outlines belong to one of another size."""
+        height, width = self.sizes.get(number, size)
+        if (height, width) != tuple(size):
+            raise ValueError(
+                f"{self.source}: the outlines of {file} are for {width} x {height} pixels, {_size_of(file, size)}"
+            )
         classes = np.zeros(size, dtype=np.int64)
         instances = np.zeros(size, dtype=np.int64)
         crowd, unknown = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
@@ -213,6 +228,20 @@ def _read(file: Path) -> dict[str, Any]:
     if len(known) >= IGNORE_INDEX:
         raise ValueError(f"{file} has {len(known)} categories, expected fewer than {IGNORE_INDEX}")
     return content
+
+
+def _categories(files: Mapping[str, Path], contents: Mapping[str, Mapping[str, Any]]) -> dict[int, str]:
+    """{category: its name}, of all files; ValueError where two of them mean different things by one number."""
+    names: dict[int, tuple[str, Path]] = {}
+    for split, content in contents.items():
+        for each in content["categories"]:
+            name, file = names.setdefault(each["id"], (each["name"], files[split]))
+            if name != each["name"]:
+                raise ValueError(
+                    f"{files[split]}: category {each['id']} is {each['name']!r}, in {file} it is {name!r}: a category has one "
+                    "meaning in all files"
+                )
+    return {number: name for number, (name, _) in names.items()}
 
 
 def _image_file(annotations: Path, name: str) -> Path:

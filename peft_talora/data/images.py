@@ -19,6 +19,7 @@ SUFFIXES = (*IMAGE_SUFFIXES, ARRAY_SUFFIX)
 MAX_MEGAPIXELS = 64.0
 
 _LOSSY_FORMATS = ("JPEG", "MPO")
+_LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "old-style-jpeg", "webp")
 # how to undo what an orientation asks for
 _BACK = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,11 +37,13 @@ class LabelValues(NamedTuple):
 
     Args:
         values: Its numbers, (H, W) or with channels, as the file has them.
-        lossy: Whether the file's format changes numbers (JPEG).
+        lossy: The compression that has changed the numbers (JPEG, lossy WebP); None where they are exact.
+        narrowed: Whether the file has more than the 8 bits per number that are read.
     """
 
     values: np.ndarray
-    lossy: bool
+    lossy: str | None = None
+    narrowed: bool = False
 
 
 class ImageHeader(NamedTuple):
@@ -87,7 +90,11 @@ def read_values(path: str | Path, upright: bool = True, max_megapixels: float = 
 
 
 def read_label_values(
-    path: str | Path, as_colors: bool = False, upright: bool = True, max_megapixels: float = MAX_MEGAPIXELS
+    path: str | Path,
+    as_colors: bool = False,
+    upright: bool = True,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    channels: int = 1,
 ) -> LabelValues:
     """The numbers of a label file: no colours are looked up and nothing is scaled.
 
@@ -96,27 +103,63 @@ def read_label_values(
         as_colors: Read the colours that are seen, uint8 (H, W, 3), of whatever mode the file is.
         upright: Whether the file's own EXIF orientation is respected.
         max_megapixels: A file with more pixels is not unpacked.
+        channels: How many numbers a pixel is to have.
 
     Raises:
-        ValueError: If the file cannot be read or is too large. The message names it.
+        ValueError: If the file cannot be read, is too large, or has several pages. The message names it.
     """
     with _opened(path, "a label map", max_megapixels) as opened:
         if isinstance(opened, np.ndarray):
-            return LabelValues(np.array(opened), lossy=False)
-        lossy = opened.format in _LOSSY_FORMATS
+            return LabelValues(np.array(opened))
+        pages = getattr(opened, "n_frames", 1)
+        if pages > 1 and opened.format not in _LOSSY_FORMATS:
+            raise ValueError(f"it has {pages} pages, and there is no telling which one is meant")
+        lossy, narrowed = _lossy_compression(opened, path), _is_narrowed(opened)
         opened = ImageOps.exif_transpose(opened) if upright else _as_stored(opened)
-        values = np.array(opened.convert("RGB")) if as_colors else label_values(opened)
-        return LabelValues(values, lossy)
+        values = np.array(opened.convert("RGB")) if as_colors else label_values(opened, channels)
+        return LabelValues(values, lossy, narrowed)
 
 
-def label_values(image: Image.Image) -> np.ndarray:
+def _lossy_compression(image: Image.Image, path: str | Path) -> str | None:
+    """What has changed the numbers of a file that is not unpacked yet."""
+    if image.format in _LOSSY_FORMATS:
+        return "JPEG"
+    if image.format == "TIFF" and image.info.get("compression") in _LOSSY_COMPRESSIONS:
+        return "JPEG or WebP inside of a TIFF"
+    if image.format == "WEBP" and "VP8 " in _webp_chunks(Path(path)):
+        return "lossy WebP (lossless=True keeps them)"
+    return None
+
+
+def _webp_chunks(path: Path) -> list[str]:
+    """The names of the chunks of a WebP file: "VP8 " is a lossy picture, "VP8L" a lossless one."""
+    names = []
+    with path.open("rb") as file:
+        file.seek(12)
+        while len(head := file.read(8)) == 8:
+            names.append(head[:4].decode("ascii", "replace"))
+            size = int.from_bytes(head[4:], "little")
+            file.seek(size + size % 2, 1)
+    return names
+
+
+def _is_narrowed(image: Image.Image) -> bool:
+    """Whether a file that is not unpacked yet has 16 bits in several channels, of which Pillow reads 8."""
+    return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def label_values(image: Image.Image, channels: int = 1) -> np.ndarray:
     """The numbers of a label map that is a PIL image, (H, W) or with channels; a palette's numbers, not its colours.
 
-    Grey that is stored in equal channels becomes one. Where transparency says something, that is: where the colours say
-    nothing, it is the map; else nothing was drawn where all is transparent, and that is 0.
+    Where one number is wanted, grey that is stored in equal channels becomes one. Where transparency says something, that is:
+    where the colours say nothing, it is the map; else nothing was drawn where all is transparent, and that is 0.
+
+    Args:
+        image: The map.
+        channels: How many numbers a pixel is to have.
     """
     values = np.array(image)
-    if values.ndim == 2:
+    if values.ndim == 2 or values.shape[-1] == channels > 1:
         return values
     if image.mode in ("LA", "RGBA"):
         alpha, values = values[..., -1], values[..., :-1]
@@ -124,7 +167,7 @@ def label_values(image: Image.Image) -> np.ndarray:
             if (values == values[:1, :1]).all():
                 return alpha
             values = np.where(alpha[..., None] == 0, 0, values)
-    if image.mode != "CMYK" and (values == values[..., :1]).all():
+    if channels == 1 and image.mode != "CMYK" and (values == values[..., :1]).all():
         return values[..., 0]
     return values
 

@@ -65,12 +65,14 @@ def draw_classes(classes: np.ndarray, labelled: np.ndarray, value_range: Range |
 def classes_from_numbers(values: np.ndarray, numbers: Numbers, num_channels: int) -> np.ndarray:
     """A file's numbers (1, H, W) as classes, int64 (H, W)."""
     values = values[0]
+    ignored = numbers.is_ignored(values)
     if np.issubdtype(values.dtype, np.floating):
+        ignored |= ~np.isfinite(values)
         values = _whole_numbers(values)
     classes = values.astype(np.int64)
-    classes[numbers.is_ignored(values) | (values < 0)] = _NO_CLASS
     if numbers.class_map is not None:
-        return _mapped(classes, numbers.class_map)
+        return np.where(ignored, _NO_CLASS, _mapped(classes, numbers.class_map))
+    classes[ignored | (values < 0)] = _NO_CLASS
     first = numbers.own.get("first_class", 0)
     if first:
         classes = np.where(classes < first, _NO_CLASS, classes - first)
@@ -98,7 +100,7 @@ def _mapped(classes: np.ndarray, class_map: Mapping[int, int]) -> np.ndarray:
     known = np.array(sorted(class_map))
     labels = np.array([class_map[number] for number in known.tolist()] + [_NO_CLASS])
     place = np.searchsorted(known, classes)
-    place[(classes == _NO_CLASS) | (known[place.clip(max=len(known) - 1)] != classes)] = len(known)
+    place[known[place.clip(max=len(known) - 1)] != classes] = len(known)
     return labels[place]
 
 

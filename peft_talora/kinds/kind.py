@@ -41,7 +41,13 @@ class Numbers:
 
     def is_ignored(self, values: np.ndarray) -> np.ndarray:
         """Which numbers mean "unlabelled", bool of the same shape."""
-        return np.isin(values, self.ignore) if self.ignore else np.zeros(values.shape, dtype=bool)
+        if not self.ignore:
+            return np.zeros(values.shape, dtype=bool)
+        found = np.isin(values, self.ignore)
+        if values.dtype.kind == "f":
+            # written with fewer digits than the file's type has, such as -3.4028235e38
+            found |= np.isin(values, np.array(self.ignore).astype(values.dtype))
+        return found
 
 
 def values_as_they_are(values: np.ndarray, numbers: Numbers, num_channels: int) -> np.ndarray:

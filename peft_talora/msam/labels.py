@@ -113,12 +113,16 @@ def _cover(spec: TaskSpec, mask: Tensor, size: Size) -> Tensor:
     """A mask (1, H, W) of which no line gets lost: a pixel is positive where positives cover enough of it.
 
     Made smaller to s times its size, a line of one pixel covers s of the pixels that it runs through, or shares that
-    among two of them. Enough is s / 2, so that it stays; the maximum would make lines up to 1.8 times as thick, and keep
+    among two of them. Enough is s / 2, of the side that shrinks most, so that it stays; the maximum would make lines up to 1.8 times as thick, and keep
     every stray pixel. For soft masks, of numbers between 0 and 1, what is at least 0.5 is positive.
     """
+    smaller = tuple(map(min, size, mask.shape[-2:]))
+    if smaller != tuple(size):
+        # what shrinks comes first: where one side grows, lines across the other one can still get lost
+        return _nearest(_cover(spec, mask, smaller), size)
     nearest = _nearest(mask, size)
-    scale = max(new / old for new, old in zip(size, mask.shape[-2:], strict=True))
-    if scale >= 1:
+    scale = min(new / old for new, old in zip(size, mask.shape[-2:], strict=True))
+    if scale == 1:
         return nearest
     positive = (_labelled(spec, mask) & (mask[0] >= 0.5)).float()
     box = Image.fromarray(positive.numpy()).resize((size[1], size[0]), Image.Resampling.BOX)

@@ -26,7 +26,7 @@ def image_array(image: Any, value_range: Range | None = None) -> np.ndarray:
         image: A PIL image, an array of uint8 or uint16 (H, W, C) or (H, W) with C of 1 (grey), 3 (RGB) or 4 (with
             transparency), or a float array or tensor (C, H, W) in [0, 1]. Either order of the dimensions is accepted for
             both types where only one fits.
-        value_range: The numbers that are black and white, where they are not those of the type.
+        value_range: The numbers that are black and white in pictures of more than 8 bits, where they are not those of the type.
 
     Raises:
         ValueError: For another shape, type or range.
@@ -79,8 +79,7 @@ def _from_pil(image: Image.Image, value_range: Range | None) -> np.ndarray:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    rgb = np.asarray(image.convert("RGB"))
-    return rgb if value_range in (None, (0, 255)) else _eight_bits(rgb, value_range)
+    return np.asarray(image.convert("RGB"))
 
 
 def _range_found(values: np.ndarray) -> Range:
@@ -95,9 +94,9 @@ def _range_found(values: np.ndarray) -> Range:
 
 
 def _eight_bits(values: np.ndarray, value_range: Range | None) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
     if value_range is None:
-        if values.dtype == np.uint8:
-            return values
         value_range = grey_range(values)
     low, high = value_range
     shares = (np.nan_to_num(values.astype(np.float64), nan=low) - low) / (high - low)

@@ -154,3 +154,29 @@ def test_a_check_sees_that_the_outlines_have_changed(annotations, monkeypatch, t
     assert labelled(ANNOTATIONS) == 132
     smaller = {**ANNOTATIONS[0], "segmentation": outline(2, 2, 7, 7), "area": 25}
     assert labelled([smaller, *ANNOTATIONS[1:]]) == 25 + 15 + 32
+
+
+@pytest.mark.parametrize(("size", "turned"), [((40, 60), False), ((2, 3), False), ((30, 20), True)])
+def test_outlines_for_another_size_are_refused(annotations, size, turned):
+    entry = {"id": 7, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}
+    write(annotations, [entry])
+    assert load_multitask_dataset(f"coco:{annotations}")["train"][0]["segmentation"].any()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = np.zeros((*size[::-1], 3) if turned else (*size, 3), dtype=np.uint8)
+    Image.fromarray(image).save(annotations.parent / "a.png", **({"exif": exif} if turned else {}))
+    # stored as the file says, or not; upright it is of another size
+    message = rf"outlines of .*a\.png are for 30 x 20 pixels, its image {size[1]} x {size[0]}"
+    with pytest.raises(ValueError, match=message + (r", turned as its EXIF" if turned else "")):
+        load_multitask_dataset(f"coco:{annotations}")["train"][0]
+
+
+def test_a_category_with_two_meanings_is_refused(tmp_path):
+    for split in ("train", "valid"):
+        picture(tmp_path / split / "a.png")
+        write(tmp_path / split / "_annotations.coco.json", [{"id": 7, "file_name": "a.png"}])
+    assert set(load_multitask_dataset(f"coco:{tmp_path}")) >= {"train"}
+    file = tmp_path / "valid/_annotations.coco.json"
+    file.write_text(file.read_text().replace('"cat"', '"CAT"').replace('"dog"', '"cat"').replace('"CAT"', '"dog"'))
+    with pytest.raises(ValueError, match=r"category 9 is 'cat', in .*train.* it is 'dog'"):
+        load_multitask_dataset(f"coco:{tmp_path}")

@@ -31,6 +31,16 @@ def test_modes(tmp_path):
     assert (read_image(tmp_path / "x.npy") == RGB).all()
 
 
+@pytest.mark.parametrize("value_range", [(0, 4095), (0, 65535), (0.0, 1.0), None])
+def test_a_range_is_for_pictures_of_more_than_8_bits(tmp_path, value_range):
+    assert (read_image(saved(tmp_path, Image.fromarray(RGB)), value_range) == RGB).all()
+    np.save(tmp_path / "x.npy", RGB)
+    assert (read_image(tmp_path / "x.npy", value_range) == RGB).all()
+    sixteen = saved(tmp_path, Image.fromarray(RGB[..., 0].astype(np.uint16) * 16), "y.png")
+    if value_range == (0, 4095):
+        assert np.abs(read_image(sixteen, value_range)[..., 0].astype(int) - RGB[..., 0]).max() <= 1
+
+
 def test_what_is_transparent_is_white(tmp_path):
     alpha = np.zeros((5, 4, 1), dtype=np.uint8)
     alpha[0] = 255

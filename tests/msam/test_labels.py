@@ -8,7 +8,7 @@ import torch
 
 from peft_talora import MSamProcessor, TaskSpec
 from peft_talora.kinds import doubts
-from peft_talora.msam.labels import label_tensor, resize_label
+from peft_talora.msam.labels import label_tensor, resize_label, square_label
 
 SIZE = (4, 6)
 
@@ -187,3 +187,15 @@ class TestThinPositives:
         mask = torch.full((1, 8, 8), 0.25)
         mask[0, :, 4:] = 0.75
         assert torch.equal(resize_label(TaskSpec("binary"), mask, (4, 4)), mask[:, ::2, ::2])
+
+
+@pytest.mark.parametrize("size", [(512, 2048), (2048, 512), (96, 2048), (2048, 96)])
+def test_no_thin_line_gets_lost_in_a_stretched_square(size):
+    # SAM 2's and 3's processors stretch an image to the square: one side may grow and the other one shrink
+    for axis in (0, 1):
+        mask = torch.zeros(1, *size)
+        mask.movedim(1 + axis, 0)[3::64] = 1
+        along = square_label(TaskSpec("binary"), mask, 128, to_square=True)[0].movedim(axis, 0).mean(dim=1)
+        assert set(along.tolist()) == {0.0, 1.0}
+        starts = int((along[1:] > along[:-1]).sum() + (along[0] > 0))
+        assert starts == len(range(3, size[axis], 64))

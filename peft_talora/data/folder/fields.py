@@ -57,14 +57,15 @@ def parse_task(name: str, fields: Any, where: str) -> TaskFiles:
         raise ValueError(
             f"{where}.mirrored: a channel is beyond the {spec.num_channels} channels, got {own['mirrored']}"
         )
+    class_map = _color_map(fields, spec, where) if by_color else _class_map(fields, spec, where)
     return TaskFiles(
         spec=spec,
         files=tuple(checked_pattern(pattern, f"{where}.files") for pattern in files),
         optional=checked(fields, "optional", bool, where, False),
         by_color=by_color,
         flip_pairs=_flip_pairs(fields, spec, f"{where}.flip_pairs"),
-        ignore=() if by_color else _ignore(fields, spec, where),
-        class_map=_color_map(fields, spec, where) if by_color else _class_map(fields, spec, where),
+        ignore=() if by_color else _ignore(fields, spec, class_map, own.get("first_class", 0), where),
+        class_map=class_map,
         threshold=checked(fields, "threshold", Real, where),
         scale=_scale(fields, spec, where),
         offset=checked(fields, "offset", Real, where, 0.0),
@@ -123,12 +124,20 @@ def _disparity(fields: Mapping[str, Any], where: str) -> float | None:
     return value
 
 
-def _ignore(fields: Mapping[str, Any], spec: TaskSpec, where: str) -> tuple[float, ...]:
-    usual = [IGNORE_INDEX] if spec.task_kind.has_classes and spec.num_channels <= IGNORE_INDEX else []
-    values = fields.get("ignore", usual)
+def _ignore(
+    fields: Mapping[str, Any], spec: TaskSpec, class_map: Mapping[int, int] | None, first: int, where: str
+) -> tuple[float, ...]:
+    """Numbers of unlabelled pixels; without `ignore` that is 255 in class maps, unless it is the number of a class there."""
+    is_class = IGNORE_INDEX in class_map if class_map else first + spec.num_channels > IGNORE_INDEX
+    values = fields.get("ignore", [IGNORE_INDEX] if spec.task_kind.has_classes and not is_class else [])
     values = values if isinstance(values, list | tuple) else [values]
     if not is_list_of(values, Real):
         raise ValueError(f"{where}.ignore: expected a number or a list of numbers, got {quoted(fields['ignore'])}")
+    both = next((number for number in values if number in (class_map or {})), None)
+    if both is not None:
+        raise ValueError(
+            f"{where}.ignore: {both} is unlabelled here, and a class in `class_map`: leave it out of one of them"
+        )
     return tuple(values)
 
 
@@ -142,6 +151,10 @@ def _class_map(fields: Mapping[str, Any], spec: TaskSpec, where: str) -> dict[in
         raise ValueError(f"{where}.class_map: expected {{number in the file: class}}, got {quoted(values)}") from error
     if not pairs:
         raise ValueError(f"{where}.class_map: expected {{number in the file: class}}, got an empty one")
+    if "first_class" in fields:
+        raise ValueError(
+            f"{where}.class_map: it says every number's class, so that `first_class` has no meaning: leave it out"
+        )
     return {number: _class(label, spec, f"{where}.class_map") for number, label in pairs.items()}
 
 

@@ -43,13 +43,16 @@ def read_label(
         ValueError: If the file cannot be read, has another size than the image, or holds numbers that are not possible.
             The message names the file and the field.
     """
-    content = read_label_values(path, task.by_color, reading.upright, reading.max_megapixels)
     kind, num_channels = task.spec.task_kind, task.spec.num_channels
+    channels = 1 if kind.layout == "map" else num_channels
+    content = read_label_values(path, task.by_color, reading.upright, reading.max_megapixels, channels)
     try:
         if content.lossy:
-            _refuse_lossy(task)
+            _refuse_lossy(task, content.lossy)
+        if content.narrowed and not (task.by_color or kind.is_direction):
+            raise ValueError("it has 16 bits in several channels, of which 8 would be read: save it as .npy")
         values = packed_colors(content.values)[None] if task.by_color else content.values
-        values = _checked_shape(values, 1 if kind.layout == "map" else num_channels)
+        values = _checked_shape(values, channels)
         if size is not None and values.shape[1:] != tuple(size):
             raise ValueError(_other_size(values.shape[1:], size, image))
         label = kind.from_numbers(values, task, num_channels)
@@ -79,12 +82,14 @@ def _doubt(values: np.ndarray, label: np.ndarray, task: TaskFiles) -> str | None
     return None
 
 
-def _refuse_lossy(task: TaskFiles) -> None:
+def _refuse_lossy(task: TaskFiles, compression: str) -> None:
     kind = task.spec.task_kind
     if kind.has_classes or (kind.largest_label(1) == 1 and task.threshold is None):
         what = "colours" if task.by_color else "numbers"
         cure = "" if kind.has_classes else ", or say `threshold: 128` for a black and white mask"
-        raise ValueError(f"JPEG changes {what}, so that there is no telling which one was meant: save it as PNG{cure}")
+        raise ValueError(
+            f"{compression} changes {what}, so that there is no telling which one was meant: save it as PNG{cure}"
+        )
 
 
 def _checked_shape(values: np.ndarray, channels: int) -> np.ndarray:

@@ -1,7 +1,11 @@
 """What the numbers of label files mean, and what they cannot mean."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
+from PIL import Image
 from small_folders import SEMANTIC, mask, write_folder
 
 from peft_talora.data.folder.rows import load_folder_dataset
@@ -71,6 +75,63 @@ class TestClasses:
         with pytest.warns(UserWarning, match=r"class_map: \{0: 0, 255: 1\}"):
             first(write_folder(tmp_path, label=lambda m: m * 255), "segmentation")
 
+    def test_what_the_doubt_advises_helps(self, tmp_path, recwarn):
+        fields = {**CLASSES, "class_map": {0: 0, 255: 1}}
+        folder = write_folder(tmp_path, {"semantic": fields}, label=lambda m: m * 255)
+        assert (first(folder, "segmentation") == mask()).all() and not recwarn.list
+
+    @pytest.mark.parametrize(
+        ("fields", "numbers", "expected"),
+        [
+            ({"class_map": {0: 0, 100: 0, 255: 1}}, [0, 100, 255, 7], [0, 0, 1, -1]),
+            ({"class_map": {0: 0, 100: 1}}, [0, 100, 255, 7], [0, 1, -1, -1]),
+            ({"class_map": {0: 0, 255: 1}, "ignore": [7]}, [0, 7, 255, 7], [0, -1, 1, -1]),
+            ({"class_map": {-1: 0, 1: 1}}, [-1, 1, 0, -7], [0, 1, -1, -1]),
+            ({"class_map": {-1: 0, 1: 1}}, [-1.0, 1.0, float("nan"), float("inf")], [0, 1, -1, -1]),
+            ({"num_classes": 254, "class_names": None, "first_class": 1}, [1, 254, 255, 0], [0, 253, -1, -1]),
+            ({"num_classes": 255, "class_names": None, "first_class": 1}, [1, 254, 255, 0], [0, 253, 254, -1]),
+            ({"ignore": -3.4028235e38}, [0, 1, np.finfo("float32").min, 1], [0, 1, -1, 1]),
+        ],
+    )
+    def test_which_numbers_are_unlabelled(self, tmp_path, fields, numbers, expected):
+        fields = {name: value for name, value in {**CLASSES, **fields}.items() if value is not None}
+        values = np.array(numbers, "float32" if isinstance(numbers[-1], float) or numbers[2] < -9 else "int16")
+        folder = write_folder(tmp_path, {"semantic": fields}, label=lambda m: np.resize(values, m.shape), suffix="npy")
+        assert first(folder, "segmentation")[0, :4].tolist() == expected
+
+    @pytest.mark.parametrize("field", [{"ignore": [255]}, {"ignore": 0}, {"first_class": 1}])
+    def test_a_class_map_that_contradicts_the_rest(self, tmp_path, field):
+        fields = {**CLASSES, "class_map": {0: 0, 255: 1}, **field}
+        with pytest.raises(ValueError, match=f"tasks.semantic.*{next(iter(field))}.*leave it out"):
+            load_folder_dataset(write_folder(tmp_path, {"semantic": fields}))
+
+    @pytest.mark.parametrize(
+        ("suffix", "options", "what"),
+        [
+            ("webp", {}, "lossy WebP"),
+            ("webp", {"lossless": True}, None),
+            ("tif", {"compression": "jpeg"}, "JPEG or WebP inside of a TIFF"),
+            ("tif", {"compression": "tiff_lzw"}, None),
+        ],
+    )
+    def test_other_lossy_files_are_refused(self, tmp_path, suffix, options, what):
+        folder = write_folder(tmp_path, number=1)
+        (folder / "labels/0.png").unlink()
+        Image.fromarray(mask()).save(folder / f"labels/0.{suffix}", **options)
+        if what is None:
+            assert (first(folder, "segmentation") == mask()).all()
+        else:
+            with pytest.raises(ValueError, match=rf"labels/0\.{suffix}.*{what}.*save it as PNG"):
+                first(folder, "segmentation")
+
+    def test_several_pages_are_refused(self, tmp_path):
+        folder = write_folder(tmp_path, number=1)
+        (folder / "labels/0.png").unlink()
+        page = Image.fromarray(mask())
+        page.save(folder / "labels/0.tif", save_all=True, append_images=[page])
+        with pytest.raises(ValueError, match=r"labels/0\.tif.*it has 2 pages"):
+            first(folder, "segmentation")
+
     def test_a_class_map_that_fits_nothing_is_doubted(self, tmp_path):
         folder = write_folder(tmp_path, {"semantic": {**CLASSES, "class_map": {7: 0, 26: 1}}})
         with pytest.warns(UserWarning, match="no pixel has one of the numbers of the 2 classes"):
@@ -100,7 +161,47 @@ class TestMasks:
             first(folder, "spot")
 
 
+def save_16_bits(path, values):
+    """A PNG of 16 bits with channels (H, W, 2 or 3), which Pillow reads and does not write."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2}[channels], 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    path.write_bytes(content)
+
+
 class TestNumbers:
+    @pytest.mark.parametrize(
+        ("task", "fields", "channels"),
+        [
+            ("flow", {"kind": "regression", "num_channels": 3, "scale": 1 / 64, "offset": -512}, 3),
+            ("depth", {"scale": 0.001}, 2),
+        ],
+    )
+    def test_16_bits_in_several_channels_are_refused(self, tmp_path, task, fields, channels):
+        folder = write_folder(tmp_path, {task: {"files": "labels", **fields}}, number=1)
+        save_16_bits(folder / "labels/0.png", np.full((12, 16, channels), 2000))
+        with pytest.raises(ValueError, match=r"labels/0\.png.*16 bits in several channels.*\.npy"):
+            first(folder, task)
+
+    def test_normals_of_16_bits(self, tmp_path):
+        folder = write_folder(tmp_path, {"normals": {"files": "labels"}}, number=1)
+        save_16_bits(folder / "labels/0.png", np.moveaxis(normals((UNIT + 1) * 32767.5), 0, -1).astype(int))
+        np.testing.assert_allclose(first(folder, "normal"), normals(UNIT), atol=0.01)
+
+    @pytest.mark.parametrize("suffix", ["png", "tif"])
+    def test_channels_that_are_equal_stay_channels(self, tmp_path, suffix):
+        black = lambda m: np.zeros((*m.shape, 3), "uint8")  # noqa: E731
+        folder = write_folder(tmp_path, {"normals": {"files": "labels"}}, label=black, suffix=suffix)
+        assert first(folder, "normal").shape == (3, 12, 16) and not first(folder, "normal").any()
+        fields = {"kind": "regression", "num_channels": 4, "files": "labels"}
+        folder = write_folder(
+            tmp_path / "four", {"numbers": fields}, label=lambda m: np.full((*m.shape, 4), 7, "uint8"), suffix=suffix
+        )
+        assert (first(folder, "numbers") == 7).all() and first(folder, "numbers").shape == (4, 12, 16)
+
     @pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf"), "0.5"])
     def test_scales_of_distances(self, tmp_path, scale):
         folder = write_folder(tmp_path, {"depth": {"files": "labels", "scale": scale}})
@@ -132,8 +233,6 @@ class TestNumbers:
         folder = write_folder(
             tmp_path, {"normals": {"files": "labels"}}, number=1, label=lambda m: picture, suffix="jpg"
         )
-        from PIL import Image
-
         Image.new("RGB", (64, 48)).save(folder / "images/0.png")
         found = first(folder, "normal")
         assert not found[:, 16:32, 24:40].any() and np.abs(found[:, :4]).sum() > 0
