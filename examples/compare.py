@@ -6,7 +6,7 @@
 
 Every number comes from a run of train_multitask.py with its own folder in OUTPUT_DIR/runs. What is finished is not run
 again, and what was interrupted is resumed, so that the same command, or one that asks for more, can be given any time.
-Three learning rates of a method are tried on the validation split with two seeds: its default times 0.4, 1 and 2.5. The
+Three learning rates of a method, and of one with fields of its own, are tried on the validation split with two seeds: its default times 0.4, 1 and 2.5. The
 default is taken unless another is better by more than the seeds differ. The decoders' is chosen first, by decoder-only
 training, and serves all methods. Adapters have the rank at which they have as many parameters as TA-LoRA; one LoRA per task,
 all of them together; Conv-LoRA has the published rank, and convlora_equal the other one.
@@ -110,7 +110,7 @@ def write(output_dir: Path, settings: dict, compared: Compared) -> None:
 
 
 def compare(
-    args: argparse.Namespace, plan: Plan, names: Sequence[str], images: int, run: Callable[[str, list[Job]], None]
+    args: argparse.Namespace, plan: Plan, lines: Sequence[Entry], images: int, run: Callable[[str, list[Job]], None]
 ) -> Compared:
     """Have `run` make what is missing, the learning rates first, and read it."""
 
@@ -119,9 +119,9 @@ def compare(
         results = [read_result(plan, cell, rates) for cell in wanted]
         return [result for result in results if result is not None]
 
-    rates, tuned = default_rates(names), []
+    rates, tuned = default_rates(lines), []
     if not args.no_tuning:
-        rates, tuned = tune(plan, names, Amount(images), args.rate_seeds, run)
+        rates, tuned = tune(plan, lines, Amount(images), args.rate_seeds, run)
     results = results_of("comparison", cells(args, images))
     again = results_of("another number of threads", repetitions(args, images))
     return Compared(rates, tuned, results, [result for result in again if result.entry != Entry(BASELINE)])
@@ -137,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_fields(args.methods)
     tasks, images = look_at_data(args)
     base = base_path(args.base)
-    names = list(dict.fromkeys([BASELINE, *(entry.name for entry in args.methods)]))
-    ranks = matching_ranks(base, args.rank, tasks, names)
+    lines = list(dict.fromkeys([Entry(BASELINE), *(entry.line for entry in args.methods)]))
+    ranks = matching_ranks(base, args.rank, tasks, dict.fromkeys(line.name for line in lines))
     plan = Plan(args.output_dir, tasks, ranks, ("--base", base, *rest), args.training.steps)
     failures: list[str] = []
 
@@ -147,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             failures.extend(run_if_missing(what, jobs, args.jobs, args.num_threads))
 
     if not args.report:
-        print(ahead(args, plan, names, images), flush=True)
-    compared = compare(args, plan, names, images, run)
+        print(ahead(args, plan, lines, images), flush=True)
+    compared = compare(args, plan, lines, images, run)
     settings = {
         "seeds": args.seeds,
         "tasks": tasks,
@@ -165,15 +165,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return min(len(failures), 1)
 
 
-def ahead(args: argparse.Namespace, plan: Plan, names: Sequence[str], images: int) -> str:
+def ahead(args: argparse.Namespace, plan: Plan, lines: Sequence[Entry], images: int) -> str:
     """What there is to do, in a line, before hours are spent on it.
 
     What is finished with learning rates that were chosen is not counted: which they are is not known yet.
     """
-    rates = default_rates(names)
+    rates = default_rates(lines)
     wanted = [(cell, rates) for cell in (*cells(args, images), *repetitions(args, images))]
     if not args.no_tuning:
-        wanted += tried(names, Amount(images), args.rate_seeds, rates)
+        wanted += tried(lines, Amount(images), args.rate_seeds, rates)
     jobs = {job.folder: job for cell, with_rates in wanted for job in plan.jobs(cell, with_rates).values()}
     finished = sum(job.is_finished for job in jobs.values())
     more = " or more" if finished and not args.no_tuning else ""

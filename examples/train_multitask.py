@@ -47,7 +47,7 @@ from peft_talora.msam.loading import image_size_of, load_sam
 sys.path.insert(0, str(Path(__file__).parent))
 from pictures import draw_predictions
 from training import folder, results, tracking
-from training.adapter import adapted_layers, adapter_config, adapter_data, load_adapter
+from training.adapter import adapted_layers, adapter_config, adapter_data, check_config, load_adapter
 from training.best import BestAdapter, find_metric
 from training.check import check_data
 from training.checkpoints import Checkpoint, find_checkpoint
@@ -77,6 +77,8 @@ def make_loader(dataset: MultiTaskDataset, args: argparse.Namespace, collate_fn:
 def make_test_loader(rows, tasks, processor: pt.MSamProcessor, args: argparse.Namespace) -> DataLoader:
     """Images to evaluate on, with labels at their own resolution: there published numbers are measured."""
     dataset = MultiTaskDataset(rows, tasks, processor, own_size=True)
+    if not len(dataset):
+        raise ValueError("there is no image to evaluate on")
     return make_loader(dataset, args, collate_own_size, batch_size=min(args.batch_size, len(dataset)))
 
 
@@ -406,7 +408,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Data] = load_data) -
     tracking.check_installed(args.report_to)
     if args.config:
         # at once, and not after the baseline
-        adapter_config(args, args.method)
+        check_config(args, args.method)
     with Interruption() as interruption, contextlib.ExitStack() as stack:
         accelerator = make_accelerator(args)
         set_threads(accelerator, args.num_threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.options import ADAPTER_LR, RANK, config_field, parse_args
 
@@ -72,11 +72,6 @@ METHODS = {
 }
 
 
-def default_rates(names: Iterable[str]) -> dict[str, float]:
-    """{method: the learning rate that counts unless another is chosen}."""
-    return {name: METHODS[name].default_rate for name in names}
-
-
 # the rows without --methods
 ROWS = ("decoder", "lora", "lora_per_task", "talora", "convlora", "full")
 
@@ -107,13 +102,20 @@ class Entry:
             )
         if METHODS[name].method not in RANK and (rank or parts):
             raise argparse.ArgumentTypeError(f"{text!r}: {name} has no adapter, and so no rank and no fields")
-        for part in parts:
-            config_field(part)
+        names = [config_field(part)[0] for part in parts]
+        twice = next((field for field in names if names.count(field) > 1), None)
+        if twice is not None:
+            raise argparse.ArgumentTypeError(f"{text!r}: {twice} is there twice")
         return cls(name, rank, tuple(parts))
 
     @property
     def method(self) -> Method:
         return METHODS[self.name]
+
+    @property
+    def line(self) -> Entry:
+        """The method with these fields, of whatever rank: what has one learning rate, and is one line of a plot."""
+        return replace(self, rank=None)
 
     @property
     def label(self) -> str:
@@ -123,3 +125,8 @@ class Entry:
     def __str__(self) -> str:
         rank = () if self.rank is None else (str(self.rank),)
         return "-".join((self.name, *rank, *self.fields))
+
+
+def default_rates(lines: Iterable[Entry]) -> dict[str, float]:
+    """{line: the learning rate that counts unless another is chosen}."""
+    return {str(line): line.method.default_rate for line in lines}

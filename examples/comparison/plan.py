@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from training.adapter import adapted_layers, adapter_config
+from training.adapter import adapted_layers, check_config
 from training.options import RANK, config_field
 from transformers import PreTrainedModel
 
@@ -79,13 +79,14 @@ class Plan:
     def jobs(self, cell: Cell, rates: Mapping[str, float]) -> dict[str, Job]:
         """The runs that one number of the table needs: {what they train: run}.
 
-        `rates` has the learning rate of the method, and the decoders', which all methods share.
+        `rates` has the learning rate of the line, and the decoders', which all methods share.
         """
         entry, amount, threads = cell.entry, cell.amount, cell.threads
+        own_rate = rates[str(entry.line)]
         options = [*entry.method.options, "--seed", str(cell.seed), "--num-train", str(amount.images),
                    "--evaluate-on", cell.split, *self.common]  # fmt: skip
         decoder_rate = rates.get(BASELINE, DEFAULTS.decoder_lr)
-        named = {"--decoder-lr": decoder_rate} | dict.fromkeys(entry.method.rate_options, rates[entry.name])
+        named = {"--decoder-lr": decoder_rate} | dict.fromkeys(entry.method.rate_options, own_rate)
         options += [word for name, rate in named.items() for word in (name, str(rate))]
         rank = entry.rank or self.ranks.get(entry.name)
         if rank is not None:
@@ -98,7 +99,7 @@ class Plan:
                 # as many labelled images of every task, and as many encoder passes, as where each has a model
                 options += ["--steps", str(len(self.tasks) * self.steps)]
         parts = [f"{amount.images}{'-one-task-each' if amount.one_task_each else ''}-{cell.split}", str(entry),
-                 f"rate-{rates[entry.name]:g}", f"seed-{cell.seed}" + (f"-threads-{threads}" if threads else "")]  # fmt: skip
+                 f"rate-{own_rate:g}", f"seed-{cell.seed}" + (f"-threads-{threads}" if threads else "")]  # fmt: skip
         folder = self.output_dir.joinpath("runs", *parts)
         if not entry.method.per_task:
             return {"all": Job(folder, (*options, "--tasks", *self.tasks), threads)}
@@ -110,7 +111,7 @@ def check_fields(entries: Iterable[Entry]) -> None:
     for entry in entries:
         if entry.fields:
             given = argparse.Namespace(rank=entry.rank or 1, config=dict(map(config_field, entry.fields)))
-            adapter_config(given, entry.method.method)
+            check_config(given, entry.method.method)
 
 
 def matching_ranks(base: str, rank: int, tasks: tuple[str, ...], names: Iterable[str] = METHODS) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import peft_talora as pt
 
 from .jobs import Job
-from .methods import BASELINE, METHODS, Entry, default_rates
+from .methods import BASELINE, Entry, default_rates
 from .plan import Amount, Cell, Plan
 from .results import mean_and_spread, read_result
 
@@ -16,48 +16,49 @@ Gains = Mapping[float, Mapping[int, float]]
 
 
 def tune(
-    plan: Plan, names: Sequence[str], amount: Amount, seeds: Sequence[int], run: Callable[[str, list[Job]], None]
+    plan: Plan, lines: Sequence[Entry], amount: Amount, seeds: Sequence[int], run: Callable[[str, list[Job]], None]
 ) -> tuple[dict[str, float], list[dict]]:
-    """The learning rate of each method, and what the validation split said of those that were tried.
+    """The learning rate of each line, and what the validation split said of those that were tried.
 
     Args:
         plan: What all runs have in common.
-        names: The methods; the first is the baseline.
+        lines: The methods, with fields of their own or without; the first is the baseline.
         amount: The data.
         seeds: At least two.
         run: Makes the runs that are missing.
     """
-    rates = default_rates(names)
+    rates = default_rates(lines)
     baselines = [Cell(Entry(BASELINE), amount, seed, "validation") for seed in seeds]
     trials: list[dict] = []
     # the decoders' rate is part of every other run
-    for group in ([BASELINE], [name for name in names if name != BASELINE]):
+    for group in ([Entry(BASELINE)], [line for line in lines if line != Entry(BASELINE)]):
         of_group = tried(group, amount, seeds, rates)
         # what Delta_b compares with
         compared = [(cell, rates) for cell in baselines]
         run("learning rates", [job for each in (*of_group, *compared) for job in plan.jobs(*each).values()])
         base = {cell.seed: read_result(plan, cell, rates) for cell in baselines}
-        gains: dict[str, dict[float, dict[int, float]]] = {name: {} for name in group}
+        gains: dict[Entry, dict[float, dict[int, float]]] = {line: {} for line in group}
         for cell, changed in of_group:
-            name, reference = cell.entry.name, base[cell.seed]
-            of_rate = gains[name].setdefault(changed[name], {})
+            reference = base[cell.seed]
+            of_rate = gains[cell.entry].setdefault(changed[str(cell.entry)], {})
             result = read_result(plan, cell, changed)
             if result is not None and reference is not None:
                 of_rate[cell.seed] = pt.delta_b(result.tasks, reference.tasks)
-        for name, by_rate in gains.items():
-            trials += [{"method": name, "rate": rate, "delta_b": by_seed} for rate, by_seed in by_rate.items()]
-            rates[name] = choose_rate(rates[name], by_rate)
+        for line, by_rate in gains.items():
+            name = {"method": str(line), "label": line.label}
+            trials += [{**name, "rate": rate, "delta_b": by_seed} for rate, by_seed in by_rate.items()]
+            rates[str(line)] = choose_rate(rates[str(line)], by_rate)
     return rates, trials
 
 
 def tried(
-    names: Iterable[str], amount: Amount, seeds: Sequence[int], rates: Mapping[str, float]
+    lines: Iterable[Entry], amount: Amount, seeds: Sequence[int], rates: Mapping[str, float]
 ) -> list[tuple[Cell, dict[str, float]]]:
-    """What is trained to choose the learning rates of some methods, each with the rates of all."""
+    """What is trained to choose the learning rates of some lines, each with the rates of all."""
     return [
-        (Cell(Entry(name), amount, seed, "validation"), {**rates, name: rate})
-        for name in names
-        for rate in METHODS[name].rates
+        (Cell(line, amount, seed, "validation"), {**rates, str(line): rate})
+        for line in lines
+        for rate in line.method.rates
         for seed in seeds
     ]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from peft_talora.metrics import HIGHER_IS_BETTER
@@ -28,6 +28,7 @@ COSTS: dict[str, Callable[[Sequence[Result]], str]] = {
     ),
 }
 ROUGH = "≈"
+Color = tuple[float, float, float]
 
 
 def markdown(
@@ -135,8 +136,9 @@ def rates_table(rates: Mapping[str, float], tuned: Sequence[Mapping]) -> str:
     """What the validation split said of every learning rate, the chosen one in bold."""
     lines = [row(["method", *(f"{factor:g} x default" for factor in RATE_FACTORS)]), row(["---"] * 4)]
     for name in dict.fromkeys(trial["method"] for trial in tuned):
-        cells = [METHODS[name].label]
-        for trial in (trial for trial in tuned if trial["method"] == name):
+        own = [trial for trial in tuned if trial["method"] == name]
+        cells = [own[0]["label"]]
+        for trial in own:
             gains = list(trial["delta_b"].values())
             gain = spread(gains, 1, "+") + " %" if gains else "-"
             text = f"{trial['rate']:g}: {gain}"
@@ -183,8 +185,10 @@ def draw(results: Sequence[Result], path: Path) -> None:
     panels = 1 + (len(numbers) > 1)
     figure, axes = pyplot.subplots(1, panels, figsize=(6.4 * panels, 4.4), squeeze=False)
     # a method's ranks are points of one line; METHODS come first, so that they have the same colours in every plot
-    lines = dict.fromkeys([*map(Entry, METHODS), *(replace(entry, rank=None) for entry in entries_of(results))])
-    colors = {line: f"C{index}" for index, line in enumerate(lines)}
+    lines = dict.fromkeys([*map(Entry, METHODS), *(entry.line for entry in entries_of(results))])
+    # the strong tones of ten colours, then their light ones
+    tones = pyplot.colormaps["tab20"].colors
+    colors = dict(zip(lines, itertools.cycle((*tones[::2], *tones[1::2])), strict=False))
     draw_parameters(axes[0, 0], results, amounts[0], colors)
     if panels == 2:
         draw_amounts(axes[0, 1], results, sorted(numbers, key=lambda amount: amount.images), colors)
@@ -198,14 +202,14 @@ def draw(results: Sequence[Result], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_parameters(axis, results: Sequence[Result], amount: Amount, colors: Mapping[Entry, str]) -> None:
+def draw_parameters(axis, results: Sequence[Result], amount: Amount, colors: Mapping[Entry, Color]) -> None:
     numbers: list[int] = []
     for line, color in colors.items():
         places = []
         for entry in entries_of(results):
             own = [result for result in of(results, entry, amount) if result.delta_b is not None]
             # decoders alone have no place on a logarithmic axis
-            if replace(entry, rank=None) == line and own and own[0].encoder_parameters:
+            if entry.line == line and own and own[0].encoder_parameters:
                 places.append((own[0].encoder_parameters, *mean_and_spread([r.delta_b for r in own])))
         if places:
             x, y, error = zip(*sorted(places), strict=True)
@@ -226,7 +230,7 @@ def set_parameter_axis(axis, numbers: Sequence[int]) -> None:
     axis.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def draw_amounts(axis, results: Sequence[Result], amounts: Sequence[Amount], colors: Mapping[Entry, str]) -> None:
+def draw_amounts(axis, results: Sequence[Result], amounts: Sequence[Amount], colors: Mapping[Entry, Color]) -> None:
     for entry in entries_of(results):
         places = []
         for amount in amounts:

@@ -70,7 +70,7 @@ def read_result(plan: Plan, cell: Cell, rates: Mapping[str, float]) -> Result | 
         entry=cell.entry,
         amount=cell.amount,
         seed=cell.seed,
-        rate=rates[cell.entry.name],
+        rate=rates[str(cell.entry.line)],
         tasks=tasks,
         trainable_parameters=trainable,
         encoder_parameters=None if base is None else trainable - base["trainable_parameters"],

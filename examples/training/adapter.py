@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Callable
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
@@ -19,7 +20,7 @@ from .data import Data, weigh
 from .options import ADAPTER_LR, DECIDED, RANK
 
 # fields of configurations that no --config chooses
-OF_THE_SCRIPT = {*DECIDED, "modules_to_save", "msam", "saved_by", "active_task", "added_tasks"}
+OF_THE_SCRIPT = {*DECIDED, "modules_to_save", "msam", "saved_by", "active_task", "added_tasks", "layers_pattern"}
 
 
 def adapted_layers(encoder: nn.Module, targets: str, layers: str) -> dict[str, Any]:
@@ -56,23 +57,34 @@ def adapter_config(args: argparse.Namespace, method: str, **more: Any) -> PeftCo
 
 
 def check_field(kind: type[PeftConfig], name: str, value: Any) -> None:
-    """Raise ValueError unless a configuration has a field of this name to choose, and the value is of its sort.
-
-    The tuners' own check their values, PEFT's LoRA would take any.
-    """
+    """Raise ValueError unless a configuration has a field of this name to choose, and takes the value for its type."""
     # what is PEFT's own or the script's is no choice
     peft = {field.name for field in fields(PeftConfig)}
-    defaults = {field.name: field.default for field in fields(kind) if field.name not in peft | OF_THE_SCRIPT}
+    known = {field.name: field for field in fields(kind) if field.name not in peft | OF_THE_SCRIPT}
     given = f"--config {name}={value}: {kind.__name__}"
-    if name not in defaults:
-        close = get_close_matches(name, defaults, 1)
-        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(defaults))}"
+    if name not in known:
+        close = get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}"
         raise ValueError(f"{given} has no such field to choose; {hint}")
-    sort = type(defaults[name])
-    if sort is bool and not isinstance(value, bool):
+    # PEFT's own take any value
+    sort = getattr(known[name].type, "__name__", known[name].type)
+    if sort == "bool" and not isinstance(value, bool):
         raise ValueError(f"{given} expects True or False there")
-    if sort in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+    if sort in ("int", "float") and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value)
+    ):
         raise ValueError(f"{given} expects a number there")
+
+
+def check_config(args: argparse.Namespace, method: str) -> None:
+    """Raise ValueError unless an adapter can be made with the fields of --config: on one small layer."""
+    more = {"tasks": ["task"]} if method == "talora" else {}
+    config = adapter_config(args, method, target_modules=["qkv"], **more)
+    try:
+        get_peft_model(nn.ModuleDict({"qkv": nn.Linear(6, 18)}), config)
+    except Exception as error:
+        named = " ".join(f"{name}={value}" for name, value in args.config.items())
+        raise ValueError(f"--config {named}: {error}") from error
 
 
 def load_adapter(args: argparse.Namespace):
@@ -111,6 +123,12 @@ def adapter_data(args: argparse.Namespace, model, load: Callable[..., Data]) -> 
             raise ValueError(
                 f"task {name!r} is {spec.kind} with {spec.num_channels} channels in {args.dataset}, in {args.init_from} it is "
                 f"{specs[name].kind} with {specs[name].num_channels}"
+            )
+        given, own = spec.class_names or [], specs[name].class_names or []
+        if given and own and given != own[: len(given)]:
+            raise ValueError(
+                f"task {name!r} has the classes {given} in {args.dataset}, in {args.init_from} they are {own}: the same number means "
+                "another class. `class_names` in the adapter's order, and `class_map` from the files' numbers to it, cure it"
             )
     weigh(specs, args.task_weights)
     return replace(data, tasks=specs)

@@ -102,8 +102,8 @@ def config_field(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {text!r}")
     if decider is not None:
         raise argparse.ArgumentTypeError(f"{name} is decided by {decider}, got {text!r}")
-    if value.lower() in ("true", "false", "none"):
-        return name, {"true": True, "false": False, "none": None}[value.lower()]
+    if value in ("true", "false"):
+        return name, value == "true"
     with contextlib.suppress(ValueError, TypeError, SyntaxError):
         # as a checkpoint's file will have it: a tuple is a list there
         return name, json.loads(json.dumps(ast.literal_eval(value)))
@@ -133,7 +133,7 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
         f"scenes {SCENES['max_test_images']} are rendered)")  # fmt: skip
     add("--tasks", nargs="+", metavar="TASK", help="semantic depth normals saliency edges parts, or the names in a "
         "folder's dataset.yaml (default: all that have labels, for scenes the first three)")  # fmt: skip
-    add("--task-weights", type=task_weight, nargs="+", metavar="TASK=NUMBER", help="how much a task's loss counts beside "
+    add("--task-weights", type=task_weight, nargs="+", action="extend", metavar="TASK=NUMBER", help="how much a task's loss counts beside "
         "the others (default: 1, normals 4)")  # fmt: skip
     add("--crop-scales", type=number(1), nargs="+", metavar="S", help="augmentation: crop to 1/S of the image and enlarge "
         f"(default: 1 for scenes, else {' '.join(f'{scale:g}' for scale in CROP_SCALES)})")  # fmt: skip
@@ -159,7 +159,7 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     add("--targets", choices=TARGETS, default="qkv", help="layers of the encoder that get an adapter: the fused q/k/v "
         "projections, or all linear ones")  # fmt: skip
     add("--layers", choices=LAYERS, default="all", help="blocks of the encoder that get an adapter")
-    add("--config", type=config_field, nargs="+", metavar="FIELD=VALUE", help="further fields of the adapter's configuration: of "
+    add("--config", type=config_field, nargs="+", action="extend", metavar="FIELD=VALUE", help="further fields of the adapter's configuration: of "
         "TALoraConfig, ConvLoraConfig or PEFT's LoraConfig, such as talora_dropout=0.1 or init_weights=lora")  # fmt: skip
     add("--init-from", metavar="ADAPTER", help="start from the weights of this adapter, a folder or a Hub id; it says the "
         "method and all about the model")  # fmt: skip
@@ -218,7 +218,8 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
 
 def given_options(make: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None) -> set[str]:
     """The names of the options that a command line sets, however it writes them."""
-    parser, unset = make(), object()
+    # a list, since some options extend theirs, in a copy
+    parser, unset = make(), []
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([])), unset))
     return {name for name, value in vars(parser.parse_args(argv)).items() if value is not unset}
 

@@ -183,6 +183,12 @@ class TestComparison:
         assert [label for label, _ in drawn] == ["TA-LoRA", "TA-LoRA, scaling=1"]
         assert len({color for _, color in drawn}) == 2
 
+    def test_rates_of_rows_with_fields_of_their_own(self, command, tmp_path, fake_runs):
+        script.main([*command, "--methods", "talora", "talora:scaling=1"])
+        assert read(tmp_path)["rates"] == {"decoder": 4e-4, "talora": 0.013, "talora-scaling=1": 0.013}
+        text = (tmp_path / "out/comparison.md").read_text()
+        assert "\n| TA-LoRA, scaling=1 | 0.002: " in text and "**0.013: " in text
+
     def test_no_tuning(self, command, tmp_path, fake_runs):
         script.main([*command, "--no-tuning", "--methods", "talora"])
         assert len(fake_runs) == 4

@@ -26,7 +26,7 @@ def test_seeds():
 @pytest.mark.parametrize(
     "text",
     ["magic", "talora:0", "talora:x", "talora:", "talora:8:", "talora:r=8", "talora:scaling=1:8", "talora:a=b/c", "full:8",
-     "decoder:scaling=1", "magic:scaling=1"],
+     "decoder:scaling=1", "magic:scaling=1", "talora:scaling=1:scaling=2"],
 )  # fmt: skip
 def test_impossible_methods(text, capsys):
     with pytest.raises(SystemExit):

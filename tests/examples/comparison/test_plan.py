@@ -97,7 +97,7 @@ class TestPlan:
     def test_fields_of_its_own_go_to_the_runs_of_a_row(self, tmp_path):
         entry = Entry.parse("talora:8:init_weights=lora:scaling=1")
         plan = Plan(tmp_path, TASKS, {"talora": 4}, ("--steps", "7"), 7)
-        (job,) = plan.jobs(Cell(entry, Amount(8), 0), {"talora": 0.1}).values()
+        (job,) = plan.jobs(Cell(entry, Amount(8), 0), {str(entry.line): 0.1}).values()
         given = training.options.parse_args(one_run.make_parser().parse_known_args(job.arguments)[1])
         assert given.config == {"init_weights": "lora", "scaling": 1} and given.rank == 8
         assert job.folder.parts[-3:-1] == ("talora-8-init_weights=lora-scaling=1", "rate-0.1")
@@ -111,3 +111,16 @@ class TestPlan:
             check_fields([Entry("talora"), Entry.parse("talora:scalign=1")])
         with pytest.raises(ValueError, match=r"`num_experts` must be .*got 0"):
             check_fields([Entry.parse("convlora:num_experts=0")])
+        with pytest.raises(ValueError, match="bias=some"):
+            check_fields([Entry.parse("lora:bias=some")])
+
+    def test_other_fields_have_a_learning_rate_of_their_own_and_other_ranks_have_not(self, tmp_path):
+        plan, rates = Plan(tmp_path, TASKS, {}), {"talora": 0.1, "talora-scaling=1": 0.2}
+        for text, rate in (
+            ("talora", "0.1"),
+            ("talora:8", "0.1"),
+            ("talora:scaling=1", "0.2"),
+            ("talora:8:scaling=1", "0.2"),
+        ):
+            (job,) = plan.jobs(Cell(Entry.parse(text), Amount(8), 0), rates).values()
+            assert option(job, "--lr") == rate

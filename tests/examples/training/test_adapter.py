@@ -40,7 +40,12 @@ class TestConfig:
         [
             ("talora", ["talora_dropout=0.1", "init_weights=lora"], {"talora_dropout": 0.1, "init_weights": "lora"}),
             ("convlora", ["num_experts=2", "gate_gradient=true"], {"num_experts": 2, "gate_gradient": True}),
-            ("lora", ["use_dora=true", "lora_alpha=3"], {"use_dora": True, "lora_alpha": 3}),
+            (
+                "lora",
+                ["use_dora=true", "lora_alpha=3", "bias=none"],
+                {"use_dora": True, "lora_alpha": 3, "bias": "none"},
+            ),
+            ("lora", ["init_lora_weights=gaussian"], {"init_lora_weights": "gaussian"}),
         ],
     )
     def test_fields_are_the_adapters(self, run, options, tmp_path, method, fields, expected):
@@ -73,6 +78,10 @@ class TestConfig:
             ("convlora", "scaling=1", "scaling=1: ConvLoraConfig has no such field to choose"),
             ("lora", "use_dora=yes", "use_dora=yes: LoraConfig expects True or False"),
             ("lora", "lora_dropout=much", "lora_dropout=much: LoraConfig expects a number"),
+            ("lora", "lora_dropout=2", "--config lora_dropout=2: .*dropout"),
+            ("lora", "bias=some", "--config bias=some: .*some"),
+            ("lora", "lora_alpha=1e400", "lora_alpha=inf: LoraConfig expects a number"),
+            ("lora", "layers_pattern=layers", "layers_pattern=layers: LoraConfig has no such field to choose"),
             ("lora", "modules_to_save=x", "modules_to_save=x: LoraConfig has no such field to choose"),
         ],
     )
@@ -142,6 +151,26 @@ def test_what_does_not_fit_the_adapter(run, options, arguments, tmp_path):
     )
     with pytest.raises(ValueError, match=expected):
         script.main(arguments(tmp_path / "x", "--dataset", f"folder:{other}", "--init-from", str(tmp_path / "first")))
+
+
+def test_classes_in_another_order_are_refused(run, tmp_path):
+    names = ["background", "object", "rest"]
+    fields = {"files": "labels", "class_names": names}
+    first = write_folder(tmp_path / "first", {"semantic": fields})
+    options = ["--steps", "1", "--batch-size", "2", "--crop-scales", "1"]
+    run(tmp_path / "adapter", *options, "--dataset", f"folder:{first}")
+    again = ["--init-from", str(tmp_path / "adapter"), "--eval-only", "--output-dir", str(tmp_path / "out")]
+    for given, fits in (
+        (names[:2], True),
+        (["object", "background", "rest"], False),
+        (["object", "background"], False),
+    ):
+        other = write_folder(tmp_path / "other", {"semantic": {**fields, "class_names": given}})
+        if fits:
+            script.main(["--dataset", f"folder:{other}", *again])
+        else:
+            with pytest.raises(ValueError, match=r"'semantic' has the classes \['object', 'background'.*class_map"):
+                script.main(["--dataset", f"folder:{other}", *again])
 
 
 def test_the_best_adapter_is_kept_and_training_stops(run, options, tmp_path, monkeypatch):

@@ -64,12 +64,20 @@ class TestHelp:
     ("text", "value"),
     [("scaling=1", 1), ("scaling=1e-2", 0.01), ("noisy_gating=False", False), ("use_dora=true", True), ("r_in=None", None),
      ("enable_qkv=[True, False, True]", [True, False, True]), ("grid_size=(4, 8)", [4, 8]), ("init_weights=lora", "lora"),
-     ("init_weights={1}", "{1}")],
+     ("init_weights={1}", "{1}"), ("bias=none", "none"), ("scaling=-1", -1)],
 )  # fmt: skip
 def test_fields_of_a_configuration(text, value):
     config = parse_args(["--config", text]).config
     assert config == {text.partition("=")[0]: value} and type(next(iter(config.values()))) is type(value)
     assert parse_args([]).config == {}
+
+
+def test_options_of_several_values_may_be_given_again(refused):
+    args = parse_args(
+        ["--config", "scaling=1", "--config", "r_task=5", "--task-weights", "a=2", "--task-weights", "b=3"]
+    )
+    assert args.config == {"scaling": 1, "r_task": 5} and args.task_weights == {"a": 2, "b": 3}
+    assert "--config: scaling is there twice" in refused("--config", "scaling=1", "--config", "scaling=2")
 
 
 @pytest.mark.parametrize(
