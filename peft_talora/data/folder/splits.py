@@ -26,13 +26,25 @@ def split_names(folder: Path, description: FolderDescription, images: Mapping[st
         place = f"{where}.{split}"
         if isinstance(value, list | str):
             listed = [[name] for name in value] if isinstance(value, list) else read_lines(folder / value, place)
-            splits[split] = lookup.names(listed, place)
+            splits[split] = _each_once(lookup.names(listed, place), place)
     _warn_of_twins(splits, where)
     splits = _split_fractions(description.splits, names, splits)
     empty = [split for split, members in splits.items() if not members]
     if empty:
         raise ValueError(f"{where}.{empty[0]}: no image is left for it, there are {len(names)}")
     return splits
+
+
+def _each_once(names: list[str], where: str) -> list[str]:
+    """A list's images, each once: one that is evaluated twice would count twice."""
+    once = list(dict.fromkeys(names))
+    if len(once) < len(names):
+        first = next(name for name in once if names.count(name) > 1)
+        warnings.warn(
+            f"{where}: {len(names)} entries are {len(once)} images, {first!r} is there twice: each counts once",
+            stacklevel=2,
+        )
+    return once
 
 
 def read_lines(file: Path, where: str) -> list[list[str]]:

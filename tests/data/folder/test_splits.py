@@ -37,6 +37,14 @@ def test_lists(tmp_path, text):
     assert members(folder) == {"train": ["0", "1"], "test": ["2", "3"]}
 
 
+@pytest.mark.parametrize("listed", [["2", "3", "images/2.png"], "test.txt"])
+def test_an_image_that_is_listed_twice_counts_once(tmp_path, listed):
+    folder = write_folder(tmp_path, splits={"test": listed})
+    (folder / "test.txt").write_text("2\n3\n2.png\n")
+    with pytest.warns(UserWarning, match=r"splits\.test: 3 entries are 2 images, '2' is there twice"):
+        assert members(folder) == {"train": ["0", "1"], "test": ["2", "3"]}
+
+
 def test_names_with_blanks(tmp_path):
     folder = write_folder(tmp_path, splits={"test": "test.txt"})
     for part in ("images", "labels"):
