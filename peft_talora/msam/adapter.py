@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 MSAM_MODEL_TYPE = "msam"
+DEFAULT_ADAPTER = "default"
 
 
 def is_msam(model: nn.Module) -> bool:
@@ -34,6 +36,16 @@ def default_modules_to_save(msam: nn.Module) -> list[str]:
     """
     if not is_msam(msam):
         raise ValueError(f"default_modules_to_save needs an MSamForMultiTask, got {type(msam).__name__}.")
+    if DEFAULT_ADAPTER in msam.config.task_names:
+        warnings.warn(
+            f"A task is called '{DEFAULT_ADAPTER}', as PEFT calls an adapter: its own tuners take that part out of the names that they "
+            "save, and could not load them again. For them call the task otherwise.",
+            stacklevel=2,
+        )
+    return _trained_parts(msam)
+
+
+def _trained_parts(msam: nn.Module) -> list[str]:
     names = [f"{part}.{task}" for task in msam.config.task_names for part in ("no_mask_embeds", "mask_decoders")]
     layers = msam.family.layers
     for index in range(len(msam.get_submodule(layers))):
@@ -134,7 +146,7 @@ def prepare_for_msam(peft_config: PeftConfig, model: nn.Module) -> None:
     else:
         peft_config.msam = msam_fields(model.config)
     if peft_config.modules_to_save is None:
-        peft_config.modules_to_save = default_modules_to_save(model)
+        peft_config.modules_to_save = _trained_parts(model)
     _check_copied(peft_config.modules_to_save, model)
 
 

@@ -149,6 +149,14 @@ class TestWhatCouldNotBeLoadedAgain:
             save_adapter(model, tmp_path / "adapter")
 
 
+def test_of_pefts_own_tuners_a_task_has_another_name(sam, tmp_path):
+    msam = MSamForMultiTask.from_sam(sam, {"default": TASKS["depth"]})
+    with pytest.warns(UserWarning, match="A task is called 'default'.*call the task otherwise"):
+        config = LoraConfig(r=2, target_modules=["qkv"], modules_to_save=default_modules_to_save(msam))
+    with pytest.raises(ValueError, match="could not be loaded again, so it is not saved"):
+        save_adapter(get_peft_model(msam, config), tmp_path / "adapter")
+
+
 def test_a_sam_whose_configuration_has_tuples(sam_factory, pixels, tmp_path):
     sam = sam_factory(global_attn_indexes=(1,))
     model = get_peft_model(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save
 
 from peft_talora import MSamForMultiTask, TALoraConfig, TaskSpec
@@ -101,8 +101,8 @@ class TestTwin:
         assert len(found) > 100
 
     def test_peft_s_own_trouble_is_seen(self, msam):
-        # "layer_norm1" is in the decoder, too, which is saved in full: PEFT does not find it again
-        config = TALoraConfig(r=2, modules_to_save=["mask_decoders.b", "layer_norm1"])
+        # "layer_norm1" is in the decoder, too, which is saved in full: PEFT does not find it again for tuners of its own
+        config = LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mask_decoders.b", "layer_norm1"])
         state = get_peft_model_state_dict(get_peft_model(msam, copy.deepcopy(config)))
         with pytest.raises(KeyError):
             try_to_load(weightless_twin(msam, config), state)
