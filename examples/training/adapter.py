@@ -19,6 +19,9 @@ from peft_talora.data.detection import UnlabelledTask
 from .data import Data, weigh
 from .options import ADAPTER_LR, DECIDED, RANK
 
+# of TA-LoRA's own start, where a task begins with its share of the ranks: with it a step moves the weights of three tasks as far
+# as those of a shared LoRA with as many parameters. The published 0.5 is a quarter of that (CONTRIBUTING has the numbers)
+SPLIT_SCALING = 2.0
 # fields of configurations that no --config chooses
 OF_THE_SCRIPT = {*DECIDED, "modules_to_save", "msam", "saved_by", "active_task", "added_tasks", "layers_pattern"}
 
@@ -51,8 +54,12 @@ def adapter_config(args: argparse.Namespace, method: str, **more: Any) -> PeftCo
     kind = kinds[method]
     for name, value in args.config.items():
         check_field(kind, name, value)
-    # with alpha = r PEFT's LoRA is not scaled, whatever its rank
-    own = {"lora_alpha": args.rank} if method == "lora" else {}
+    own: dict[str, Any] = {}
+    if method == "lora":
+        # with alpha = r PEFT's LoRA is not scaled, whatever its rank
+        own["lora_alpha"] = args.rank
+    elif method == "talora" and "init_weights" not in args.config:
+        own["scaling"] = SPLIT_SCALING
     return kind(r=args.rank, **{**own, **more, **args.config})
 
 

@@ -7,7 +7,8 @@ import torch
 import train_multitask as script
 from safetensors.torch import load_file
 from small_folders import write_folder
-from training.options import METHODS
+from training.adapter import adapter_config
+from training.options import METHODS, parse_args
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]
 
@@ -35,6 +36,19 @@ def test_starts_from_an_adapter_of_any_method(run, options, tmp_path, method):
 
 
 class TestConfig:
+    @pytest.mark.parametrize(
+        ("arguments", "scaling"),
+        [
+            ([], 2.0),
+            (["--config", "scaling=0.5"], 0.5),
+            (["--config", "init_weights=True"], 0.5),
+            (["--config", "r_task=5"], 2.0),
+        ],
+    )
+    def test_scaling_of_talora(self, arguments, scaling):
+        config = adapter_config(parse_args(arguments), "talora")
+        assert config.scaling == scaling and config.r == 32
+
     @pytest.mark.parametrize(
         ("method", "fields", "expected"),
         [
