@@ -70,7 +70,7 @@ def cells(args: argparse.Namespace, images: int) -> list[Cell]:
     if not args.few_labels:
         return table
     amounts = [Amount(images, one_task_each=True), *(Amount(number) for number in FEW_IMAGES if number < images)]
-    entries = [Entry(BASELINE), *(entry for entry in args.methods if str(entry) in FEW_METHODS)]
+    entries = [Entry(BASELINE), *(entry for entry in args.methods if entry.rank is None and entry.name in FEW_METHODS)]
     return table + [Cell(entry, amount, seed) for seed in args.few_seeds for amount in amounts for entry in entries]
 
 

@@ -94,6 +94,13 @@ class TestUsersData:
             "100 images", "100 images, each labelled for one task", "16 images", "64 images",
         }  # fmt: skip
 
+    def test_few_labels_of_rows_with_fields_of_their_own(self):
+        args, _ = script.parse_args(
+            ["--few-labels", "--methods", "talora:scaling=1", "talora:8", "convlora", "--seeds", "0"]
+        )
+        few = {str(cell.entry) for cell in script.cells(args, 100) if cell.amount.images == 16}
+        assert few == {"decoder", "talora-scaling=1"}
+
     def test_a_folder_without_a_validation_split(self, data_folder, tmp_path):
         for split in ("train", "test"):
             shutil.copy(f"{data_folder}/{split}-00000-of-00001.parquet", tmp_path)
