@@ -114,7 +114,7 @@ def make_model(args: argparse.Namespace, method: str, tasks: dict[str, pt.TaskSp
     saved = pt.default_modules_to_save(msam)
     if method in options.RANK:
         where = adapted_layers(msam.vision_encoder, args.targets, args.layers)
-        return get_peft_model(msam, adapter_config(args, method, modules_to_save=saved, **where))
+        return get_peft_model(msam, adapter_config(method, args.rank, args.config, modules_to_save=saved, **where))
     # no adapter at all: what is trained is trained and saved as it is
     parts = [name for name in saved if not name.startswith("vision_encoder")]
     parts += ["vision_encoder"] if method == "full" else []
@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Data] = load_data) -
     tracking.check_installed(args.report_to)
     if args.config:
         # at once, and not after the baseline
-        check_config(args, args.method)
+        check_config(args.method, args.rank, args.config)
     with Interruption() as interruption, contextlib.ExitStack() as stack:
         accelerator = make_accelerator(args)
         set_threads(accelerator, args.num_threads)

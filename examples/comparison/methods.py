@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from training.options import ADAPTER_LR, RANK, config_field, parse_args
+from training.options import ADAPTER_LR, RANK, config_field, parse_args, repeated
 
 # what the training script does unless it is told otherwise
 DEFAULTS = parse_args([])
@@ -102,8 +102,7 @@ class Entry:
             )
         if METHODS[name].method not in RANK and (rank or parts):
             raise argparse.ArgumentTypeError(f"{text!r}: {name} has no adapter, and so no rank and no fields")
-        names = [config_field(part)[0] for part in parts]
-        twice = next((field for field in names if names.count(field) > 1), None)
+        twice = repeated(config_field(part)[0] for part in parts)
         if twice is not None:
             raise argparse.ArgumentTypeError(f"{text!r}: {twice} is there twice")
         return cls(name, rank, tuple(parts))

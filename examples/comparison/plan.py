@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
-from training.adapter import adapted_layers, check_config
+from training.adapter import adapted_layers, adapter_config, check_config
 from training.options import RANK, config_field
 from transformers import PreTrainedModel
 
-import peft_talora as pt
 from peft_talora.msam.families import family_of_model
 from peft_talora.msam.loading import load_sam
 
@@ -110,8 +108,7 @@ def check_fields(entries: Iterable[Entry]) -> None:
     """Raise ValueError where a row has fields of its own that its configuration does not take, before any run."""
     for entry in entries:
         if entry.fields:
-            given = argparse.Namespace(rank=entry.rank or 1, config=dict(map(config_field, entry.fields)))
-            check_config(given, entry.method.method)
+            check_config(entry.method.method, entry.rank or 1, dict(map(config_field, entry.fields)))
 
 
 def matching_ranks(base: str, rank: int, tasks: tuple[str, ...], names: Iterable[str] = METHODS) -> dict[str, int]:
@@ -142,11 +139,9 @@ def count_parameters(sam: PreTrainedModel, method: Method, tasks: tuple[str, ...
     with torch.device("meta"):
         encoder = family_of_model(sam).encoder_class(sam.config.vision_config)
         where = adapted_layers(encoder, method.targets, method.layers)
-        adapter = {
-            "talora": lambda: pt.TALoraConfig(tasks=list(tasks), r=rank, init_weights=True, **where),
-            "convlora": lambda: pt.ConvLoraConfig(r=rank, **where),
-            "lora": lambda: LoraConfig(r=rank, **where),
-        }[method.method]()
+        # TA-LoRA's own start would warn of ranks that are too few to be shared
+        start = {"init_weights": True} if method.method == "talora" else {}
+        adapter = adapter_config(method.method, rank, start, tasks, **where)
         # under the name that it has in a SAM: PEFT finds the layers' numbers behind a name
         model = get_peft_model(nn.ModuleDict({"vision_encoder": encoder}), adapter)
     number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from math import isfinite
@@ -44,23 +44,34 @@ def adapted_layers(encoder: nn.Module, targets: str, layers: str) -> dict[str, A
     }
 
 
-def adapter_config(args: argparse.Namespace, method: str, **more: Any) -> PeftConfig:
-    """The configuration of a method, with the fields of --config.
+def adapter_config(
+    method: str, rank: int, chosen: Mapping[str, Any], tasks: Sequence[str] | None = None, **more: Any
+) -> PeftConfig:
+    """The configuration of a method.
+
+    Args:
+        method: "talora", "convlora" or "lora".
+        rank: Its rank.
+        chosen: The fields of --config.
+        tasks: Those of TA-LoRA; an mSAM says them itself.
+        more: Further fields, which --config does not choose.
 
     Raises:
         ValueError: It has no such field, or a value does not fit.
     """
     kinds: dict[str, type[PeftConfig]] = {"talora": pt.TALoraConfig, "convlora": pt.ConvLoraConfig, "lora": LoraConfig}
     kind = kinds[method]
-    for name, value in args.config.items():
+    for name, value in chosen.items():
         check_field(kind, name, value)
     own: dict[str, Any] = {}
     if method == "lora":
         # with alpha = r PEFT's LoRA is not scaled, whatever its rank
-        own["lora_alpha"] = args.rank
-    elif method == "talora" and "init_weights" not in args.config:
-        own["scaling"] = SPLIT_SCALING
-    return kind(r=args.rank, **{**own, **more, **args.config})
+        own["lora_alpha"] = rank
+    elif method == "talora":
+        own["tasks"] = tasks and list(tasks)
+        if "init_weights" not in chosen:
+            own["scaling"] = SPLIT_SCALING
+    return kind(r=rank, **{**own, **more, **chosen})
 
 
 def check_field(kind: type[PeftConfig], name: str, value: Any) -> None:
@@ -83,14 +94,13 @@ def check_field(kind: type[PeftConfig], name: str, value: Any) -> None:
         raise ValueError(f"{given} expects a number there")
 
 
-def check_config(args: argparse.Namespace, method: str) -> None:
+def check_config(method: str, rank: int, chosen: Mapping[str, Any]) -> None:
     """Raise ValueError unless an adapter can be made with the fields of --config: on one small layer."""
-    more = {"tasks": ["task"]} if method == "talora" else {}
-    config = adapter_config(args, method, target_modules=["qkv"], **more)
+    config = adapter_config(method, rank, chosen, tasks=["task"], target_modules=["qkv"])
     try:
         get_peft_model(nn.ModuleDict({"qkv": nn.Linear(6, 18)}), config)
     except Exception as error:
-        named = " ".join(f"{name}={value}" for name, value in args.config.items())
+        named = " ".join(f"{name}={value}" for name, value in chosen.items())
         raise ValueError(f"--config {named}: {error}") from error
 
 

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,11 +265,15 @@ def misfit(args: argparse.Namespace, given: set[str]) -> str | None:
     if args.baseline not in (None, "train", "none") and not Path(args.baseline).is_file():
         return f"--baseline: there is no file {args.baseline}"
     for each in ("task_weights", "config"):
-        names = [name for name, _ in getattr(args, each) or []]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = repeated(name for name, _ in getattr(args, each) or [])
         if twice is not None:
             return f"{option(each)}: {twice} is there twice"
     return None
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that is there more than once."""
+    return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
 def option(name: str) -> str:

@@ -43,11 +43,9 @@ class Numbers:
         """Which numbers mean "unlabelled", bool of the same shape."""
         if not self.ignore:
             return np.zeros(values.shape, dtype=bool)
-        found = np.isin(values, self.ignore)
-        if values.dtype.kind == "f":
-            # written with fewer digits than the file's type has, such as -3.4028235e38
-            found |= np.isin(values, np.array(self.ignore).astype(values.dtype))
-        return found
+        # of floats as the file's type has them: -3.4028235e38 is none of 32 bits
+        ignored = np.array(self.ignore, values.dtype) if values.dtype.kind == "f" else self.ignore
+        return np.isin(values, ignored)
 
 
 def values_as_they_are(values: np.ndarray, numbers: Numbers, num_channels: int) -> np.ndarray:

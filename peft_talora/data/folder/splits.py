@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,14 @@ def split_names(folder: Path, description: FolderDescription, images: Mapping[st
 
 def _each_once(names: list[str], where: str) -> list[str]:
     """A list's images, each once: one that is evaluated twice would count twice."""
-    once = list(dict.fromkeys(names))
-    if len(once) < len(names):
-        first = next(name for name in once if names.count(name) > 1)
+    counts = Counter(names)
+    if len(counts) < len(names):
+        first = next(name for name, number in counts.items() if number > 1)
         warnings.warn(
-            f"{where}: {len(names)} entries are {len(once)} images, {first!r} is there twice: each counts once",
+            f"{where}: {len(names)} entries are {len(counts)} images, {first!r} is there twice: each counts once",
             stacklevel=2,
         )
-    return once
+    return list(counts)
 
 
 def read_lines(file: Path, where: str) -> list[list[str]]:

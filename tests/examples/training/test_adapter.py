@@ -46,7 +46,8 @@ class TestConfig:
         ],
     )
     def test_scaling_of_talora(self, arguments, scaling):
-        config = adapter_config(parse_args(arguments), "talora")
+        args = parse_args(arguments)
+        config = adapter_config("talora", args.rank, args.config)
         assert config.scaling == scaling and config.r == 32
 
     @pytest.mark.parametrize(
