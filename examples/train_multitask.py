@@ -114,7 +114,9 @@ def make_model(args: argparse.Namespace, method: str, tasks: dict[str, pt.TaskSp
     saved = pt.default_modules_to_save(msam)
     if method in options.RANK:
         where = adapted_layers(msam.vision_encoder, args.targets, args.layers)
-        return get_peft_model(msam, adapter_config(method, args.rank, args.config, modules_to_save=saved, **where))
+        return get_peft_model(
+            msam, adapter_config(method, args.rank, args.config, list(tasks), modules_to_save=saved, **where)
+        )
     # no adapter at all: what is trained is trained and saved as it is
     parts = [name for name in saved if not name.startswith("vision_encoder")]
     parts += ["vision_encoder"] if method == "full" else []

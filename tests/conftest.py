@@ -1,5 +1,6 @@
 """Small models for all tests."""
 
+import gc
 import os
 import traceback
 
@@ -15,6 +16,9 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+# a tenth of the suite's time went into looking again and again for garbage among what the imports leave
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_addoption(parser):

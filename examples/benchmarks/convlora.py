@@ -19,6 +19,9 @@ from peft_talora.convlora.gate import choose
 from .measuring import Row, gradients, measure
 from .models import TINY_SAM, label_maps, trained, training_step
 
+# images of a whole training step
+BATCH = 8
+
 
 def plain_experts(z: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The experts as the paper writes them, expert by expert: resize, convolve, GELU, resize. z is (B, H, W, r)."""
@@ -94,8 +97,8 @@ def sam_step(config, args: argparse.Namespace) -> Callable[[], None]:
     """A step of the small SAM itself, its adapter the only thing that is trained."""
     torch.manual_seed(0)
     model = get_peft_model(SamModel.from_pretrained(TINY_SAM), config).to(args.device).train()
-    images = torch.randn(8, 3, 128, 128, device=args.device)
-    boxes = torch.tensor([[[20.0, 20.0, 90.0, 100.0]]] * 8, device=args.device)
+    images = torch.randn(BATCH, 3, 128, 128, device=args.device)
+    boxes = torch.tensor([[[20.0, 20.0, 90.0, 100.0]]] * BATCH, device=args.device)
 
     def passes() -> list[torch.Tensor]:
         masks = model(pixel_values=images, input_boxes=boxes, multimask_output=False).pred_masks
@@ -112,8 +115,8 @@ def msam_step(config, args: argparse.Namespace) -> Callable[[], None]:
     if isinstance(config, LoraConfig):
         config.modules_to_save = pt.default_modules_to_save(msam)
     model = get_peft_model(msam, config).to(args.device).train()
-    images = torch.randn(8, 3, 128, 128, device=args.device)
-    labels = label_maps(tasks, 8, 128, args.device)
+    images = torch.randn(BATCH, 3, 128, 128, device=args.device)
+    labels = label_maps(tasks, BATCH, 128, args.device)
     return training_step(model, lambda: [model(images, labels=labels).loss])
 
 
@@ -124,5 +127,5 @@ def steps(args: argparse.Namespace) -> Iterator[Row]:
             "lora": make(LoraConfig(r=3, lora_alpha=32, target_modules=["qkv"]), args),
             "convlora": make(pt.ConvLoraConfig(r=3), args),
         }
-        row = Row(f"training step, small {name}, batch 8, r=3", "convlora", "lora", limit=1.25)
+        row = Row(f"training step, small {name}, batch {BATCH}, r=3", "convlora", "lora", limit=1.25)
         yield measure(row, variants, args)

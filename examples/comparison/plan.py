@@ -139,9 +139,7 @@ def count_parameters(sam: PreTrainedModel, method: Method, tasks: tuple[str, ...
     with torch.device("meta"):
         encoder = family_of_model(sam).encoder_class(sam.config.vision_config)
         where = adapted_layers(encoder, method.targets, method.layers)
-        # TA-LoRA's own start would warn of ranks that are too few to be shared
-        start = {"init_weights": True} if method.method == "talora" else {}
-        adapter = adapter_config(method.method, rank, start, tasks, **where)
+        adapter = adapter_config(method.method, rank, {}, tasks, **where)
         # under the name that it has in a SAM: PEFT finds the layers' numbers behind a name
         model = get_peft_model(nn.ModuleDict({"vision_encoder": encoder}), adapter)
     number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -161,7 +161,7 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
         "projections, or all linear ones")  # fmt: skip
     add("--layers", choices=LAYERS, default="all", help="blocks of the encoder that get an adapter")
     add("--config", type=config_field, nargs="+", action="extend", metavar="FIELD=VALUE", help="further fields of the adapter's configuration: of "
-        "TALoraConfig, ConvLoraConfig or PEFT's LoraConfig, such as talora_dropout=0.1 or init_weights=lora")  # fmt: skip
+        "TALoraConfig, ConvLoraConfig or PEFT's LoraConfig, such as talora_dropout=0.1 or init_weights=split")  # fmt: skip
     add("--init-from", metavar="ADAPTER", help="start from the weights of this adapter, a folder or a Hub id; it says the "
         "method and all about the model")  # fmt: skip
     add("--channel-mode", choices=("token", "prompt"), default="token", help="one decoder pass per task, or the published one "

@@ -35,8 +35,8 @@ class TALoraConfig(TargetsConfig):
         r_in (`int`, *optional*): The rank p of the input factor U1.
         r_out (`int`, *optional*): The rank q of the output factor U2.
         r_task (`int`):
-            The rank v of the task factor U3. With `init_weights="split"` set it to the number of tasks, where there are
-            more than four.
+            The rank v of the task factor U3: the number of G's slices. A start that gives each task a slice of its own needs
+            as many as tasks with `init_weights="split"`, and one more with "lora".
         scaling (`float`): The constant s that the update is multiplied with (not alpha / r).
         talora_dropout (`float`): Dropout probability of the adapter's input.
         enable_qkv (`list[bool]`, *optional*):
@@ -45,7 +45,8 @@ class TALoraConfig(TargetsConfig):
         init_weights (`bool` or `str`):
             "split" starts as a LoRA of its own for every task: the ranks are dealt out to the tasks in turn, so that at
             first no task's gradient disturbs another's, and what tasks have in common is learnt from there. "lora"
-            starts as one LoRA that all tasks share: M_t = I. In both U1 is drawn as LoRA's A, and U2 is zero in the
+            starts as one LoRA that all tasks share, M_t = I, with a slice of G for each task that is zero at first, so that
+            what is a task's own is learnt from there. In both U1 is drawn as LoRA's A, and U2 is zero in the
             place of LoRA's B, so that LoRA's learning rates fit. In the other starts G is zero: `True` is the published
             one (U1, U2, U3 ~ N(0, 1)), which needs learning rates some hundred times smaller; "orthogonal" has U1 and
             U2 with orthonormal columns; "normalized" scales U1, U2 and U3 so that the same optimiser step moves the
@@ -151,14 +152,23 @@ class TALoraConfig(TargetsConfig):
             )
 
     def warn_of_shared_starts(self) -> None:
-        """Warn where tasks that were to start as LoRAs of their own share one."""
-        shares = min(self.r_task, self.rank_in, self.rank_out)
+        """Warn where tasks that were to start with a slice of G of their own share one."""
         tasks = self.tasks or []
-        if self.init_weights == "split" and shares < len(tasks) and not self.settings_on_file:
+        if self.settings_on_file or len(tasks) < 2:
+            return
+        shares = min(self.r_task, self.rank_in, self.rank_out)
+        if self.init_weights == "split" and shares < len(tasks):
             warnings.warn(
                 f"With init_weights='split' the {len(tasks)} tasks share {shares} LoRAs at the start, so that "
                 f"'{tasks[0]}' and '{tasks[shares]}' start alike: set r_task (now {self.r_task}) and r to at least "
                 f"{len(tasks)} in TALoraConfig.",
+                stacklevel=2,
+            )
+        own = self.r_task - 1
+        if self.init_weights == "lora" and own < len(tasks):
+            warnings.warn(
+                f"With init_weights='lora' one slice of G is for all of the {len(tasks)} tasks and each is to have one of its own, "
+                f"but for these {own} are left: set r_task (now {self.r_task}) to at least {len(tasks) + 1} in TALoraConfig.",
                 stacklevel=2,
             )
 

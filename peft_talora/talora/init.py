@@ -52,22 +52,31 @@ def _split(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor
     """
     _lora_factors(U1, U2)
     shares = min(*G.shape, len(U3))
-    ranks, tasks = torch.arange(min(G.shape[:2])), torch.arange(len(U3))
+    ranks = torch.arange(min(G.shape[:2]))
     G[ranks, ranks, ranks % shares] = 1.0
-    U3.zero_()
-    U3[tasks, tasks % shares] = 1.0
-    U3[:, shares:] = 1.0
+    _deal_out_slices(U3, shares)
 
 
 def _lora(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
     """Start as one LoRA that all tasks share: M_t = I, A = U1^T with LoRA's own start, and B = s U2 zero.
 
-    The rows of U3 are random with sum 1, so that the slices of G part and the tasks with them.
+    I is a slice that belongs to all tasks. Before it there is one for each task, or as many as there are: they start at
+    zero, and what grows there is the task's own.
     """
     _lora_factors(U1, U2)
-    G.copy_(torch.eye(*G.shape[:2], dtype=G.dtype, device=G.device)[:, :, None].expand_as(G))
-    nn.init.normal_(U3).abs_()
-    U3.div_(U3.sum(dim=1, keepdim=True))
+    shares = min(G.shape[2] - 1, len(U3))
+    ranks = torch.arange(min(G.shape[:2]))
+    G[ranks, ranks, shares] = 1.0
+    _deal_out_slices(U3, shares)
+
+
+def _deal_out_slices(U3: torch.Tensor, shares: int) -> None:
+    """Give every task one of the first `shares` slices, in turn, and all that are behind them."""
+    U3.fill_(1.0)
+    U3[:, :shares] = 0.0
+    if shares:
+        tasks = torch.arange(len(U3))
+        U3[tasks, tasks % shares] = 1.0
 
 
 def _lora_factors(U1: torch.Tensor, U2: torch.Tensor) -> None:

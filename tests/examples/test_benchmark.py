@@ -137,7 +137,10 @@ class TestGroups:
         assert len(rows) == 4 + 3 + 2 + 4
 
     @pytest.mark.slow
-    def test_step(self, benchmark, tmp_path, capsys):
+    def test_step(self, benchmark, tmp_path, capsys, monkeypatch):
+        import benchmarks.convlora
+
+        monkeypatch.setattr(benchmarks.convlora, "BATCH", 1)
         rows = run(benchmark, tmp_path, "--only", "step")["rows"]
         assert len(rows) == 2 and all(row["ratio"] > 0 and row["peak_bytes"]["convlora"] > 0 for row in rows)
         assert "convlora : lora" in capsys.readouterr().out

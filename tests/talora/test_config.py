@@ -100,6 +100,22 @@ class TestValidation:
             )
         assert not [warning for warning in recwarn if "start alike" in str(warning.message)]
 
+    @pytest.mark.parametrize(("tasks", "slices"), [("abc", 3), ("abcde", 4), ("ab", 1)])
+    def test_tasks_without_a_slice_of_their_own_are_a_warning(self, tasks, slices, recwarn):
+        def adapter(**config):
+            return tuned(
+                nn.Sequential(nn.Linear(6, 6)),
+                **{"tasks": list(tasks), "target_modules": ["0"], "r": 6, "init_weights": "lora", **config},
+            )
+
+        words = rf"of the {len(tasks)} tasks .* these {slices - 1} are left: set r_task \(now {slices}\) to at least {len(tasks) + 1}"
+        with pytest.warns(UserWarning, match=words):
+            adapter(r_task=slices)
+        recwarn.clear()
+        for config in ({"r_task": len(tasks) + 1}, {"tasks": ["a"], "r_task": 1}):
+            adapter(**config)
+        assert not [warning for warning in recwarn if "r_task" in str(warning.message)]
+
     def test_tasks_are_required_of_a_model_that_has_none(self, sam):
         with pytest.raises(ValueError, match=r"TALoraConfig\.tasks is required for a SamModel"):
             get_peft_model(sam, TALoraConfig())

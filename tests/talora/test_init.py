@@ -20,7 +20,7 @@ class TestInit:
         assert G.grad.abs().max() > 0 and not G.any() and all(u.abs().min() > 0 for u in others)
 
     def test_lora_start_is_a_shared_lora_whose_first_step_moves_all_outputs(self):
-        model, layer = tuned_linear(in_features=40, init_weights="lora", r_in=4, r_out=3)
+        model, layer = tuned_linear(in_features=40, init_weights="lora", r_in=4, r_out=3, r_task=4)
         G, U1, U2, U3 = factors_of(layer)
         x = torch.randn(5, 40, dtype=torch.float64)
         assert not U2.any() and torch.equal(model(x), layer.get_base_layer()(x))
@@ -29,12 +29,28 @@ class TestInit:
             torch.testing.assert_close(layer._core("default", task) / 0.5, torch.eye(4, 3, dtype=torch.float64))
         model(x).sin().sum().backward()
         assert torch.linalg.matrix_rank(U2.grad) == 3 and not G.grad.any() and not U1.grad.any()
-        # one step on, the slices of G and the rows of U3 get different gradients: the tasks can part
+        # one step on, the tasks part: the slices of G are one for each task, at zero, and I for all of them
+        assert torch.equal(U3, torch.cat([torch.eye(3), torch.ones(3, 1)], dim=1).double()) and not G[:, :, :3].any()
         with torch.no_grad():
             U2.sub_(0.1 * U2.grad)
         model.zero_grad()
-        model(x).sin().sum().backward()
-        assert (G.grad[:, :, 0] - G.grad[:, :, 1]).abs().max() > 1e-6 and U3.grad[0].any() and not U3.grad[1].any()
+        with model.base_model.use_task([1] * 5):
+            model(x).sin().sum().backward()
+        assert [bool(slice_.any()) for slice_ in G.grad.unbind(2)] == [False, True, False, True]
+        assert torch.equal(G.grad[:, :, 1], G.grad[:, :, 3])
+        assert U3.grad[1].any() and not U3.grad[[0, 2]].any() and U1.grad.any()
+
+    @pytest.mark.parametrize(
+        ("slices", "rows"),
+        [(1, [[1]] * 3), (2, [[1, 1]] * 3), (3, [[1, 0, 1], [0, 1, 1], [1, 0, 1]]),
+         (5, [[1, 0, 0, 1, 1], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1]])],
+    )  # fmt: skip
+    def test_lora_start_of_any_shape(self, slices, rows):
+        _, layer = tuned_linear(init_weights="lora", r_in=4, r_out=3, r_task=slices)
+        G, *_, U3 = factors_of(layer)
+        assert U3.tolist() == rows and G.count_nonzero() == 3
+        for task in range(3):
+            assert torch.equal(layer._core("default", task) / 0.5, torch.eye(4, 3, dtype=torch.float64))
 
     def test_split_start_deals_the_ranks_out_to_the_tasks(self):
         model, layer = tuned_linear(in_features=40, init_weights="split", r_in=8, r_out=7, r_task=4)

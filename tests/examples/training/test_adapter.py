@@ -37,18 +37,21 @@ def test_starts_from_an_adapter_of_any_method(run, options, tmp_path, method):
 
 class TestConfig:
     @pytest.mark.parametrize(
-        ("arguments", "scaling"),
+        ("arguments", "number", "expected"),
         [
-            ([], 2.0),
-            (["--config", "scaling=0.5"], 0.5),
-            (["--config", "init_weights=True"], 0.5),
-            (["--config", "r_task=5"], 2.0),
+            ([], 3, ("lora", 1.0, 4)),
+            ([], 6, ("lora", 1.0, 7)),
+            (["--config", "scaling=0.5"], 3, ("lora", 0.5, 4)),
+            (["--config", "r_task=5"], 3, ("lora", 1.0, 5)),
+            # another start comes with TALoraConfig's own scaling
+            (["--config", "init_weights=split"], 6, ("split", 0.5, 4)),
+            (["--config", "init_weights=True", "scaling=2"], 3, (True, 2, 4)),
         ],
     )
-    def test_scaling_of_talora(self, arguments, scaling):
+    def test_start_of_talora(self, arguments, number, expected):
         args = parse_args(arguments)
-        config = adapter_config("talora", args.rank, args.config)
-        assert config.scaling == scaling and config.r == 32
+        config = adapter_config("talora", args.rank, args.config, [f"task{index}" for index in range(number)])
+        assert (config.init_weights, config.scaling, config.r_task) == expected and config.r == 32
 
     @pytest.mark.parametrize(
         ("method", "fields", "expected"),
