@@ -19,7 +19,7 @@ from peft_talora.data.detection import UnlabelledTask
 from .data import Data, weigh
 from .options import ADAPTER_LR, DECIDED, RANK
 
-# where TA-LoRA starts here: as one LoRA for all tasks, not scaled, with something of each task's own beside it. Measured on six
+# where TA-LoRA starts here: as one LoRA for all tasks, not scaled, with something of each task's own beside it. Measured on four
 # data sets against TALoraConfig's own (CONTRIBUTING has the numbers)
 START = {"init_weights": "lora", "scaling": 1.0}
 # fields of configurations that no --config chooses
