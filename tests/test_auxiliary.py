@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_talora import TALoraConfig, auxiliary_loss
+from peft_talora.talora.config import INIT_WEIGHTS
 
 
 def config(weight=0.5, **changes):
@@ -74,7 +75,7 @@ def test_it_depends_on_the_parameters_alone():
     assert auxiliary_loss(model).item() == before == auxiliary_loss(copy.deepcopy(model)).item()
 
 
-@pytest.mark.parametrize("init_weights", [True, False, "orthogonal", "normalized"])
+@pytest.mark.parametrize("init_weights", INIT_WEIGHTS)
 def test_every_start_has_finite_gradients(init_weights):
     # orthonormal factors are where the norm has no derivative, zero cores where G^T G has none to first order
     model = tuned(init_weights=init_weights)

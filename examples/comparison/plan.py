@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from peft import get_peft_model
 from torch import nn
-from training.adapter import adapted_layers, adapter_config, check_config
+from training.adapter import adapted_layers, adapter_config, check_config, start_fields
 from training.options import RANK, config_field
 from transformers import PreTrainedModel
 
@@ -89,8 +89,11 @@ class Plan:
         rank = entry.rank or self.ranks.get(entry.name)
         if rank is not None:
             options += ["--rank", str(rank)]
-        if entry.fields:
-            options += ["--config", *entry.fields]
+        # said, so that a run with another start of the script's is another one
+        start = start_fields(entry.method.method, dict(map(config_field, entry.fields)))
+        fields = [*(f"{name}={value}" for name, value in start.items()), *entry.fields]
+        if fields:
+            options += ["--config", *fields]
         if amount.one_task_each:
             options += ["--one-task-each", *self.tasks]
             if not entry.method.per_task:

@@ -13,12 +13,13 @@ from ..routing.names import validate_task_names
 from ..saving.tensors import Shape, check_sizes
 from ..tuner.checks import check_number, check_positive_int, check_probability, is_int
 from ..tuner.config import TargetsConfig
+from .init import COMMON_SHARE
 
 # the names of projections that are no fused one
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 # and those of fused ones
 FUSED_NAME = re.compile("qkv|query_key_value|in_proj|c_attn", re.IGNORECASE)
-INIT_WEIGHTS = (True, False, "split", "lora", "orthogonal", "normalized")
+INIT_WEIGHTS = (True, False, *COMMON_SHARE, "orthogonal", "normalized")
 
 
 @dataclass
@@ -35,8 +36,8 @@ class TALoraConfig(TargetsConfig):
         r_in (`int`, *optional*): The rank p of the input factor U1.
         r_out (`int`, *optional*): The rank q of the output factor U2.
         r_task (`int`):
-            The rank v of the task factor U3: the number of G's slices. A start that gives each task a slice of its own needs
-            as many as tasks with `init_weights="split"`, and one more with "lora".
+            The rank v of the task factor U3: the number of G's slices. A start that gives each task a slice needs as many as
+            tasks with `init_weights="split"`, and one more with "half" and "lora". Further ones belong to all tasks.
         scaling (`float`): The constant s that the update is multiplied with (not alpha / r).
         talora_dropout (`float`): Dropout probability of the adapter's input.
         enable_qkv (`list[bool]`, *optional*):
@@ -46,13 +47,15 @@ class TALoraConfig(TargetsConfig):
             "split" starts as a LoRA of its own for every task: the ranks are dealt out to the tasks in turn, so that at
             first no task's gradient disturbs another's, and what tasks have in common is learnt from there. "lora"
             starts as one LoRA that all tasks share, M_t = I, with a slice of G for each task that is zero at first, so that
-            what is a task's own is learnt from there. In both U1 is drawn as LoRA's A, and U2 is zero in the
+            what is a task's own is learnt from there. "half" has half of the ranks for all tasks and deals out the others.
+            In all three U1 is drawn as LoRA's A, and U2 is zero in the
             place of LoRA's B, so that LoRA's learning rates fit. In the other starts G is zero: `True` is the published
             one (U1, U2, U3 ~ N(0, 1)), which needs learning rates some hundred times smaller; "orthogonal" has U1 and
             U2 with orthonormal columns; "normalized" scales U1, U2 and U3 so that the same optimiser step moves the
             weight as much as in LoRA of the same rank and scaling. `False` leaves nothing zero (for tests).
         ortho_reg_weight (`float`):
-            Weight of the orthogonality regulariser (MTSAM), see [`auxiliary_loss`]. 0 switches it off.
+            Weight of the orthogonality regulariser (MTSAM), see [`auxiliary_loss`]. 0 switches it off. It asks every slice of G to
+            be orthogonal, those too that the starts as LoRAs leave at zero.
         active_task (`str`, *optional*):
             The task that is active when the adapter is made or loaded; the first one when None. An adapter is saved with
             the task that is active then.
@@ -101,7 +104,8 @@ class TALoraConfig(TargetsConfig):
         default="split",
         metadata={
             "help": (
-                "'split': as a LoRA for each task, of its share of the ranks. 'lora': as one LoRA shared by all tasks. "
+                "'split': as a LoRA for each task, of its share of the ranks. 'lora': as one LoRA shared by all tasks. 'half': "
+                "half of the ranks shared, the others dealt out. "
                 "True: the published start. 'orthogonal': U1 and U2 with orthonormal columns. 'normalized': factors "
                 "scaled so that a step moves the weight as much as in LoRA. False: nothing zero, for tests."
             )
@@ -164,11 +168,11 @@ class TALoraConfig(TargetsConfig):
                 f"{len(tasks)} in TALoraConfig.",
                 stacklevel=2,
             )
-        own = self.r_task - 1
-        if self.init_weights == "lora" and own < len(tasks):
+        if self.init_weights in ("half", "lora") and self.r_task <= len(tasks):
             warnings.warn(
-                f"With init_weights='lora' one slice of G is for all of the {len(tasks)} tasks and each is to have one of its own, "
-                f"but for these {own} are left: set r_task (now {self.r_task}) to at least {len(tasks) + 1} in TALoraConfig.",
+                f"With init_weights={self.init_weights!r} one slice of G is for all of the {len(tasks)} tasks and each is to have one "
+                f"of its own, but for these {self.r_task - 1} are left: set r_task (now {self.r_task}) to at least {len(tasks) + 1} in "
+                "TALoraConfig.",
                 stacklevel=2,
             )
 

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import nn
 
+# of the starts as LoRAs: which share of the ranks all tasks have in common; the others are dealt out to them
+COMMON_SHARE = {"split": 0.0, "half": 0.5, "lora": 1.0}
+
 
 def fill_factors(
     G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor, init_weights: bool | str
@@ -16,10 +19,8 @@ def fill_factors(
     if init_weights is True:
         for factor in (U1, U2, U3):
             nn.init.normal_(factor)
-    elif init_weights == "split":
-        _split(G, U1, U2, U3)
-    elif init_weights == "lora":
-        _lora(G, U1, U2, U3)
+    elif init_weights in COMMON_SHARE:
+        _shares(G, U1, U2, U3, COMMON_SHARE[str(init_weights)])
     elif init_weights == "orthogonal":
         nn.init.orthogonal_(U1)
         nn.init.orthogonal_(U2)
@@ -43,40 +44,33 @@ def _normalized(U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
     nn.init.normal_(U3, std=math.sqrt(math.pi / 2.0) / v)
 
 
-def _split(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
-    """Start as a LoRA for each task: M_t = diag(rank a belongs to task t), A = U1^T with LoRA's own start, B = s U2 zero.
+def _shares(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor, common_share: float) -> None:
+    """Start as LoRAs: M_t = diag(rank a belongs to task t), A = U1^T with LoRA's own start, and B = s U2 zero.
 
-    Rank a and task t belong together where a = t modulo the number of shares, that of the tasks unless there are fewer
-    slices or ranks. A rank then gets the gradient of its task alone. The slices that are left over start at zero and belong
-    to all tasks: what grows there couples them.
+    The first ranks belong to all tasks: a slice that every task sees has them. The others are dealt out to the tasks in turn, into
+    a slice for each, so that such a rank gets the gradient of its task alone. Where slices or ranks are fewer than
+    tasks, several tasks share one. Slices that are left over start at zero and belong to all tasks.
+
+    Args:
+        common_share: How many of the ranks belong to all tasks, from 0 to 1.
     """
     _lora_factors(U1, U2)
-    shares = min(*G.shape, len(U3))
     ranks = torch.arange(min(G.shape[:2]))
-    G[ranks, ranks, ranks % shares] = 1.0
-    _deal_out_slices(U3, shares)
-
-
-def _lora(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
-    """Start as one LoRA that all tasks share: M_t = I, A = U1^T with LoRA's own start, and B = s U2 zero.
-
-    I is a slice that belongs to all tasks. Before it there is one for each task, or as many as there are: they start at
-    zero, and what grows there is the task's own.
-    """
-    _lora_factors(U1, U2)
-    shares = min(G.shape[2] - 1, len(U3))
-    ranks = torch.arange(min(G.shape[:2]))
-    G[ranks, ranks, shares] = 1.0
-    _deal_out_slices(U3, shares)
-
-
-def _deal_out_slices(U3: torch.Tensor, shares: int) -> None:
-    """Give every task one of the first `shares` slices, in turn, and all that are behind them."""
+    common = math.ceil(common_share * len(ranks))
+    if common and G.shape[2] == 1:
+        # there is no slice to deal out
+        common = len(ranks)
+    dealt_out = ranks[common:]
+    slices = min(len(U3), G.shape[2] - (common > 0), len(dealt_out) or len(U3))
+    if len(dealt_out):
+        G[dealt_out, dealt_out, torch.arange(len(dealt_out)) % slices] = 1.0
+    if common:
+        G[ranks[:common], ranks[:common], slices] = 1.0
     U3.fill_(1.0)
-    U3[:, :shares] = 0.0
-    if shares:
+    U3[:, :slices] = 0.0
+    if slices:
         tasks = torch.arange(len(U3))
-        U3[tasks, tasks % shares] = 1.0
+        U3[tasks, tasks % slices] = 1.0
 
 
 def _lora_factors(U1: torch.Tensor, U2: torch.Tensor) -> None:

@@ -67,6 +67,6 @@ def test_threads_and_processes_agree(tmp_path):
     """
     with ThreadPoolExecutor() as pool:
         (one, two), (processes,) = pool.map(partial(start, tmp_path), (1, 2), ([1, 2], [1]))
-    for output in (two, processes):
+    for output, furthest in ((two, 1e-3), (processes, 0.15)):
         weights, depth_error = drift(output, one)
-        assert weights < 0.15 and depth_error < 0.005, (output.name, weights, depth_error)
+        assert weights < furthest and depth_error < 0.005, (output.name, weights, depth_error)

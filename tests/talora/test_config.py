@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import SamHQConfig, SamHQModel, SamHQVisionModel, SamVisionModel
 
@@ -75,7 +75,7 @@ class TestValidation:
         with pytest.raises(ValueError, match=message):
             TALoraConfig(**config)
 
-    @pytest.mark.parametrize("init_weights", [True, False, "split", "lora", "orthogonal", "normalized"])
+    @pytest.mark.parametrize("init_weights", [True, False, "split", "half", "lora", "orthogonal", "normalized"])
     def test_every_start_is_accepted(self, init_weights):
         assert TALoraConfig(init_weights=init_weights).init_weights is init_weights
 
@@ -100,12 +100,13 @@ class TestValidation:
             )
         assert not [warning for warning in recwarn if "start alike" in str(warning.message)]
 
+    @pytest.mark.parametrize("start", ["half", "lora"])
     @pytest.mark.parametrize(("tasks", "slices"), [("abc", 3), ("abcde", 4), ("ab", 1)])
-    def test_tasks_without_a_slice_of_their_own_are_a_warning(self, tasks, slices, recwarn):
+    def test_tasks_without_a_slice_of_their_own_are_a_warning(self, tasks, slices, start, recwarn):
         def adapter(**config):
             return tuned(
                 nn.Sequential(nn.Linear(6, 6)),
-                **{"tasks": list(tasks), "target_modules": ["0"], "r": 6, "init_weights": "lora", **config},
+                **{"tasks": list(tasks), "target_modules": ["0"], "r": 6, "init_weights": start, **config},
             )
 
         words = rf"of the {len(tasks)} tasks .* these {slices - 1} are left: set r_task \(now {slices}\) to at least {len(tasks) + 1}"
@@ -114,6 +115,17 @@ class TestValidation:
         recwarn.clear()
         for config in ({"r_task": len(tasks) + 1}, {"tasks": ["a"], "r_task": 1}):
             adapter(**config)
+        assert not [warning for warning in recwarn if "r_task" in str(warning.message)]
+
+    def test_a_saved_adapter_starts_nowhere_and_warns_of_nothing(self, tmp_path, recwarn):
+        def base():
+            return nn.Sequential(nn.Linear(6, 6))
+
+        config = {"tasks": list("abcde"), "target_modules": ["0"], "r": 6, "r_task": 4, "init_weights": "lora"}
+        tuned(base(), **config).save_pretrained(tmp_path)
+        assert [warning for warning in recwarn if "r_task" in str(warning.message)]
+        recwarn.clear()
+        PeftModel.from_pretrained(base(), tmp_path)
         assert not [warning for warning in recwarn if "r_task" in str(warning.message)]
 
     def test_tasks_are_required_of_a_model_that_has_none(self, sam):

@@ -41,16 +41,55 @@ class TestInit:
         assert U3.grad[1].any() and not U3.grad[[0, 2]].any() and U1.grad.any()
 
     @pytest.mark.parametrize(
-        ("slices", "rows"),
-        [(1, [[1]] * 3), (2, [[1, 1]] * 3), (3, [[1, 0, 1], [0, 1, 1], [1, 0, 1]]),
-         (5, [[1, 0, 0, 1, 1], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1]])],
+        ("tasks", "slices", "rows"),
+        [("abc", 1, [[1]] * 3), ("abc", 2, [[1, 1]] * 3), ("abc", 3, [[1, 0, 1], [0, 1, 1], [1, 0, 1]]),
+         ("abc", 5, [[1, 0, 0, 1, 1], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1]]), ("a", 1, [[1]]), ("a", 2, [[1, 1]])],
     )  # fmt: skip
-    def test_lora_start_of_any_shape(self, slices, rows):
-        _, layer = tuned_linear(init_weights="lora", r_in=4, r_out=3, r_task=slices)
+    @pytest.mark.parametrize("ranks", [(4, 3), (3, 4)])
+    def test_lora_start_of_any_shape(self, tasks, slices, rows, ranks):
+        _, layer = tuned_linear(tasks=list(tasks), init_weights="lora", r_in=ranks[0], r_out=ranks[1], r_task=slices)
         G, *_, U3 = factors_of(layer)
         assert U3.tolist() == rows and G.count_nonzero() == 3
-        for task in range(3):
-            assert torch.equal(layer._core("default", task) / 0.5, torch.eye(4, 3, dtype=torch.float64))
+        for task in range(len(tasks)):
+            assert torch.equal(layer._core("default", task) / 0.5, torch.eye(*ranks, dtype=torch.float64))
+
+    def test_half_start_shares_half_of_the_ranks_and_deals_out_the_others(self):
+        model, layer = tuned_linear(in_features=40, init_weights="half", r_in=8, r_out=9, r_task=4)
+        G, U1, U2, U3 = factors_of(layer)
+        x = torch.randn(6, 40, dtype=torch.float64)
+        assert not U2.any() and torch.equal(model(x), layer.get_base_layer()(x))
+        assert U1.abs().max() <= 40**-0.5 and U1.std() > 0.4 * 40**-0.5
+        for task, own in enumerate([(4, 7), (5,), (6,)]):
+            expected = torch.zeros(8, 9, dtype=torch.float64)
+            for rank in (0, 1, 2, 3, *own):
+                expected[rank, rank] = 0.5
+            assert torch.equal(layer._core("default", task), expected)
+        with model.base_model.use_task([1] * 6):
+            model(x).sin().sum().backward()
+        assert [bool(column.any()) for column in U2.grad.T] == [rank in (0, 1, 2, 3, 5) for rank in range(9)]
+        with torch.no_grad():
+            U2.sub_(0.1 * U2.grad)
+        model.zero_grad()
+        with model.base_model.use_task([1] * 6):
+            model(x).sin().sum().backward()
+        assert [bool(slice_.any()) for slice_ in G.grad.unbind(2)] == [False, True, False, True]
+        assert U3.grad[1].any() and not U3.grad[[0, 2]].any()
+
+    @pytest.mark.parametrize(
+        ("tasks", "ranks", "slices", "common", "own"),
+        [(3, 5, 4, 3, 2), (3, 6, 1, 6, 0), (5, 6, 3, 3, 2), (2, 32, 4, 16, 2), (1, 4, 4, 2, 1), (2, 1, 4, 1, 0)],
+    )
+    def test_half_start_of_any_shape(self, tasks, ranks, slices, common, own):
+        names = [f"t{index}" for index in range(tasks)]
+        _, layer = tuned_linear(tasks=names, init_weights="half", r_in=ranks, r_out=ranks, r_task=slices)
+        cores = torch.stack([layer._core("default", task) / 0.5 for task in range(tasks)])
+        diagonals = cores.diagonal(dim1=1, dim2=2)
+        assert torch.equal(cores, torch.diag_embed(diagonals)) and set(diagonals.unique().tolist()) <= {0, 1}
+        # every rank is somebody's, and only the first ones are everybody's
+        assert diagonals.any(dim=0).all() and diagonals[:, :common].all()
+        assert torch.equal(diagonals, diagonals[torch.arange(tasks) % max(own, 1)])
+        if own:
+            assert (diagonals[:own, common:].sum(dim=0) == 1).all()
 
     def test_split_start_deals_the_ranks_out_to_the_tasks(self):
         model, layer = tuned_linear(in_features=40, init_weights="split", r_in=8, r_out=7, r_task=4)

@@ -93,6 +93,9 @@ class TestPlan:
         wide = sum(4 * (d + k) + 4 * 4 * 4 + 3 * 4 for d, k in widths[3:])
         assert count_parameters(sam, METHODS["talora_last_half"], tasks, 4) == wide
         assert set(ranks) == METHODS.keys() - {"decoder", "full"} and ranks["convlora_equal"] > 1
+        # five tasks have a slice of G each, and one for all
+        talora = sum(4 * (d + k) + 4 * 4 * 6 + 5 * 6 for d, k in widths)
+        assert count_parameters(sam, METHODS["talora"], tuple("abcde"), 4) == talora
 
     def test_fields_of_its_own_go_to_the_runs_of_a_row(self, tmp_path):
         entry = Entry.parse("talora:8:init_weights=lora:scaling=1")
@@ -102,8 +105,24 @@ class TestPlan:
         assert given.config == {"init_weights": "lora", "scaling": 1} and given.rank == 8
         assert job.folder.parts[-3:-1] == ("talora-8-init_weights=lora-scaling=1", "rate-0.1")
         assert entry.label == "TA-LoRA, r=8, init_weights=lora, scaling=1"
-        (plain,) = plan.jobs(Cell(Entry("talora"), Amount(8), 0), {"talora": 0.1}).values()
-        assert "--config" not in plain.arguments
+
+    @pytest.mark.parametrize(
+        ("row", "config"),
+        [
+            ("talora", {"init_weights": "half", "scaling": 1.4}),
+            ("talora:scaling=1", {"init_weights": "half", "scaling": 1}),
+            ("talora:init_weights=split", {"init_weights": "split"}),
+            ("lora", {}),
+            ("convlora", {}),
+        ],
+    )
+    def test_runs_say_the_start_that_the_script_would_choose(self, tmp_path, row, config):
+        """A folder with runs of another version's start is not taken for the same."""
+        entry = Entry.parse(row)
+        plan = Plan(tmp_path, TASKS, {}, (), 7)
+        for job in plan.jobs(Cell(entry, Amount(8), 0), {str(entry.line): 0.1}).values():
+            given = training.options.parse_args(one_run.make_parser().parse_known_args(job.arguments)[1])
+            assert given.config == config
 
     def test_fields_are_checked_before_any_run(self):
         check_fields([Entry.parse("talora:scaling=1"), Entry.parse("lora:use_dora=true"), Entry("decoder")])

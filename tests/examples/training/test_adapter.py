@@ -39,13 +39,16 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("arguments", "number", "expected"),
         [
-            ([], 3, ("lora", 1.0, 4)),
-            ([], 6, ("lora", 1.0, 7)),
-            (["--config", "scaling=0.5"], 3, ("lora", 0.5, 4)),
-            (["--config", "r_task=5"], 3, ("lora", 1.0, 5)),
+            ([], 1, ("half", 1.4, 4)),
+            ([], 3, ("half", 1.4, 4)),
+            ([], 6, ("half", 1.4, 7)),
+            (["--config", "init_weights=half"], 6, ("half", 1.4, 7)),
+            (["--config", "scaling=0.5"], 3, ("half", 0.5, 4)),
+            (["--config", "r_task=5"], 3, ("half", 1.4, 5)),
             # another start comes with TALoraConfig's own scaling
-            (["--config", "init_weights=split"], 6, ("split", 0.5, 4)),
-            (["--config", "init_weights=True", "scaling=2"], 3, (True, 2, 4)),
+            (["--config", "init_weights=split"], 6, ("split", 0.5, 7)),
+            (["--config", "init_weights=lora", "scaling=1"], 2, ("lora", 1, 4)),
+            (["--config", "init_weights=True"], 6, (True, 0.5, 4)),
         ],
     )
     def test_start_of_talora(self, arguments, number, expected):
