@@ -61,12 +61,12 @@ def drift(output, expected):
 
 
 def test_threads_and_processes_agree(tmp_path):
-    """Measured: U2 2e-6 and 0.05, the depth error 2e-6 and 4e-4 (threads, processes).
+    """Measured: U2 3e-6 and 5e-3, the depth error 3e-7 and 2e-4 (threads, processes).
 
-    With AdamW's usual eps of 1e-8 two processes were 0.33 apart in U2, and 1e-3 in the depth error: rounding noise decided.
+    With AdamW's usual eps of 1e-8 they were 0.04 and 0.27, 6e-3 and 0.06: rounding noise decided.
     """
     with ThreadPoolExecutor() as pool:
         (one, two), (processes,) = pool.map(partial(start, tmp_path), (1, 2), ([1, 2], [1]))
-    for output, furthest in ((two, 1e-3), (processes, 0.15)):
+    for output, furthest in ((two, 1e-3), (processes, 0.05)):
         weights, depth_error = drift(output, one)
         assert weights < furthest and depth_error < 0.005, (output.name, weights, depth_error)
