@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 import peft_talora as pt
 from peft_talora.saving.directory import written_aside
+from peft_talora.saving.settings import split_settings
 
 from .folder import CHECKPOINT_RECORD as RECORD_FILE
 from .folder import disk_error
@@ -48,9 +49,18 @@ class Checkpoint:
     def load_adapter(self, model: PeftModel) -> None:
         """Put the trained weights into a model that was built as the run built it."""
         weights = load_file(self.directory / WEIGHTS_FILE)
-        differing = weights.keys() ^ get_peft_model_state_dict(model).keys()
+        names, saved = split_settings(weights)
+        own_names, own = split_settings(get_peft_model_state_dict(model))
+        differing = names.keys() ^ own_names.keys()
         if differing:
             raise ValueError(f"{self.directory}: the checkpoint or the model has no tensor {min(differing)!r}")
+        # another version of the script may choose other ones
+        differing = {name for name, value in (saved or {}).items() if own is not None and own.get(name) != value}
+        if differing:
+            told = ", ".join(f"{name}={saved[name]!r}, now {own.get(name)!r}" for name in sorted(differing))
+            raise ValueError(
+                f"{self.directory}: the adapter was begun with {told}: resume it with the version that began it"
+            )
         set_peft_model_state_dict(model, weights)
 
     def training_state(self) -> dict[str, Any]:

@@ -93,6 +93,17 @@ def test_the_adapter_must_be_the_models(save, folder, sam):
         find_checkpoint("latest", folder, ARGUMENTS).load_adapter(other)
 
 
+def test_a_scaling_that_another_version_chose(save, folder, sam):
+    save(1)
+    tasks = {"depth": {"kind": "depth"}}
+    other = get_peft_model(MSamForMultiTask.from_sam(sam, tasks), TALoraConfig(r=2, r_task=1, scaling=2.0))
+    before = other.state_dict()["base_model.model.vision_encoder.layers.0.attn.qkv.talora_U3.default"].clone()
+    with pytest.raises(ValueError, match=r"step-1: the adapter was begun with scaling=0\.5, now 2\.0: resume it with"):
+        find_checkpoint("latest", folder, ARGUMENTS).load_adapter(other)
+    after = other.state_dict()["base_model.model.vision_encoder.layers.0.attn.qkv.talora_U3.default"]
+    assert torch.equal(after, before)
+
+
 def test_the_last_are_kept(save, folder):
     for step in (2, 4, 6, 8, 10):
         save(step, keep=3)
