@@ -48,8 +48,8 @@ def _shares(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tenso
     """Start as LoRAs: M_t = diag(rank a belongs to task t), A = U1^T with LoRA's own start, and B = s U2 zero.
 
     The first ranks belong to all tasks: a slice that every task sees has them. The others are dealt out to the tasks in turn, into
-    a slice for each, so that such a rank gets the gradient of its task alone. Where slices or ranks are fewer than
-    tasks, several tasks share one. Slices that are left over start at zero and belong to all tasks.
+    a slice for each, so that such a rank gets the gradient of its task alone. Where slices are fewer than tasks, or ranks where
+    none is common, several tasks share one. Slices that are left over start at zero and belong to all tasks.
 
     Args:
         common_share: How many of the ranks belong to all tasks, from 0 to 1.
@@ -61,7 +61,7 @@ def _shares(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tenso
         # there is no slice to deal out
         common = len(ranks)
     dealt_out = ranks[common:]
-    slices = min(len(U3), G.shape[2] - (common > 0), len(dealt_out) or len(U3))
+    slices = min(len(U3), G.shape[2] - 1 if common else min(G.shape))
     if len(dealt_out):
         G[dealt_out, dealt_out, torch.arange(len(dealt_out)) % slices] = 1.0
     if common:

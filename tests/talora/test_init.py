@@ -77,7 +77,7 @@ class TestInit:
 
     @pytest.mark.parametrize(
         ("tasks", "ranks", "slices", "common", "own"),
-        [(3, 5, 4, 3, 2), (3, 6, 1, 6, 0), (5, 6, 3, 3, 2), (2, 32, 4, 16, 2), (1, 4, 4, 2, 1), (2, 1, 4, 1, 0)],
+        [(3, 5, 4, 3, 3), (3, 6, 1, 6, 0), (5, 6, 3, 3, 2), (2, 32, 4, 16, 2), (1, 4, 4, 2, 1), (2, 1, 4, 1, 2)],
     )
     def test_half_start_of_any_shape(self, tasks, ranks, slices, common, own):
         names = [f"t{index}" for index in range(tasks)]
@@ -88,6 +88,8 @@ class TestInit:
         # every rank is somebody's, and only the first ones are everybody's
         assert diagonals.any(dim=0).all() and diagonals[:, :common].all()
         assert torch.equal(diagonals, diagonals[torch.arange(tasks) % max(own, 1)])
+        # each has a slice of its own, if there are as many
+        assert len(factors_of(layer)[3].unique(dim=0)) == max(own, 1)
         if own:
             assert (diagonals[:own, common:].sum(dim=0) == 1).all()
 
