@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
-# a tenth of the suite's time went into looking again and again for garbage among what the imports leave
+# what the imports leave is not looked through for garbage again and again
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 

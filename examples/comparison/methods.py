@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from training.options import ADAPTER_LR, RANK, config_field, parse_args, repeated
 
@@ -110,6 +111,11 @@ class Entry:
     @property
     def method(self) -> Method:
         return METHODS[self.name]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """{field: value} of its own fields."""
+        return dict(map(config_field, self.fields))
 
     @property
     def line(self) -> Entry:

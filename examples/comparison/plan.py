@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from training.adapter import adapted_layers, adapter_config, check_config, start_fields
-from training.options import RANK, config_field
+from training.options import RANK
 from transformers import PreTrainedModel
 
 from peft_talora.msam.families import family_of_model
@@ -90,7 +90,7 @@ class Plan:
         if rank is not None:
             options += ["--rank", str(rank)]
         # said, so that a run with another start of the script's is another one
-        start = start_fields(entry.method.method, dict(map(config_field, entry.fields)))
+        start = start_fields(entry.method.method, entry.config)
         fields = [*(f"{name}={value}" for name, value in start.items()), *entry.fields]
         if fields:
             options += ["--config", *fields]
@@ -111,7 +111,7 @@ def check_fields(entries: Iterable[Entry]) -> None:
     """Raise ValueError where a row has fields of its own that its configuration does not take, before any run."""
     for entry in entries:
         if entry.fields:
-            check_config(entry.method.method, entry.rank or 1, dict(map(config_field, entry.fields)))
+            check_config(entry.method.method, entry.rank or 1, entry.config)
 
 
 def matching_ranks(base: str, rank: int, tasks: tuple[str, ...], names: Iterable[str] = METHODS) -> dict[str, int]:

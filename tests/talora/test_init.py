@@ -9,6 +9,21 @@ from torch import nn
 from peft_talora import TALoraConfig
 
 
+def starts_as_loras(model, layer, x):
+    """G, U1, U2 and U3 of a layer of 40 inputs that changes nothing yet: LoRA's own start in U1, and U2 zero."""
+    G, U1, U2, U3 = factors_of(layer)
+    assert not U2.any() and torch.equal(model(x), layer.get_base_layer()(x))
+    assert U1.abs().max() <= 40**-0.5 and U1.std() > 0.4 * 40**-0.5
+    return G, U1, U2, U3
+
+
+def step_on(model, U2):
+    """A step of gradient descent on U2, which makes the other factors' gradients."""
+    with torch.no_grad():
+        U2.sub_(0.1 * U2.grad)
+    model.zero_grad()
+
+
 class TestInit:
     @pytest.mark.parametrize("init_weights", [True, "orthogonal", "normalized"])
     def test_starts_as_the_base_model_and_trains(self, init_weights):
@@ -21,19 +36,15 @@ class TestInit:
 
     def test_lora_start_is_a_shared_lora_whose_first_step_moves_all_outputs(self):
         model, layer = tuned_linear(in_features=40, init_weights="lora", r_in=4, r_out=3, r_task=4)
-        G, U1, U2, U3 = factors_of(layer)
         x = torch.randn(5, 40, dtype=torch.float64)
-        assert not U2.any() and torch.equal(model(x), layer.get_base_layer()(x))
-        assert U1.abs().max() <= 40**-0.5 and U1.std() > 0.4 * 40**-0.5
+        G, U1, U2, U3 = starts_as_loras(model, layer, x)
         for task in range(3):
             torch.testing.assert_close(layer._core("default", task) / 0.5, torch.eye(4, 3, dtype=torch.float64))
         model(x).sin().sum().backward()
         assert torch.linalg.matrix_rank(U2.grad) == 3 and not G.grad.any() and not U1.grad.any()
         # one step on, the tasks part: the slices of G are one for each task, at zero, and I for all of them
         assert torch.equal(U3, torch.cat([torch.eye(3), torch.ones(3, 1)], dim=1).double()) and not G[:, :, :3].any()
-        with torch.no_grad():
-            U2.sub_(0.1 * U2.grad)
-        model.zero_grad()
+        step_on(model, U2)
         with model.base_model.use_task([1] * 5):
             model(x).sin().sum().backward()
         assert [bool(slice_.any()) for slice_ in G.grad.unbind(2)] == [False, True, False, True]
@@ -55,10 +66,8 @@ class TestInit:
 
     def test_half_start_shares_half_of_the_ranks_and_deals_out_the_others(self):
         model, layer = tuned_linear(in_features=40, init_weights="half", r_in=8, r_out=9, r_task=4)
-        G, U1, U2, U3 = factors_of(layer)
         x = torch.randn(6, 40, dtype=torch.float64)
-        assert not U2.any() and torch.equal(model(x), layer.get_base_layer()(x))
-        assert U1.abs().max() <= 40**-0.5 and U1.std() > 0.4 * 40**-0.5
+        G, _, U2, U3 = starts_as_loras(model, layer, x)
         for task, own in enumerate([(4, 7), (5,), (6,)]):
             expected = torch.zeros(8, 9, dtype=torch.float64)
             for rank in (0, 1, 2, 3, *own):
@@ -67,9 +76,7 @@ class TestInit:
         with model.base_model.use_task([1] * 6):
             model(x).sin().sum().backward()
         assert [bool(column.any()) for column in U2.grad.T] == [rank in (0, 1, 2, 3, 5) for rank in range(9)]
-        with torch.no_grad():
-            U2.sub_(0.1 * U2.grad)
-        model.zero_grad()
+        step_on(model, U2)
         with model.base_model.use_task([1] * 6):
             model(x).sin().sum().backward()
         assert [bool(slice_.any()) for slice_ in G.grad.unbind(2)] == [False, True, False, True]
@@ -95,10 +102,8 @@ class TestInit:
 
     def test_split_start_deals_the_ranks_out_to_the_tasks(self):
         model, layer = tuned_linear(in_features=40, init_weights="split", r_in=8, r_out=7, r_task=4)
-        G, U1, U2, U3 = factors_of(layer)
         x = torch.randn(6, 40, dtype=torch.float64)
-        assert not U2.any() and torch.equal(model(x), layer.get_base_layer()(x))
-        assert U1.abs().max() <= 40**-0.5 and U1.std() > 0.4 * 40**-0.5
+        G, U1, U2, U3 = starts_as_loras(model, layer, x)
         for task, own in enumerate([(0, 3, 6), (1, 4), (2, 5)]):
             expected = torch.zeros(8, 7, dtype=torch.float64)
             for rank in own:
@@ -108,9 +113,7 @@ class TestInit:
             model(x).sin().sum().backward()
         # a task moves its own ranks alone
         assert [bool(column.any()) for column in U2.grad.T] == [rank % 3 == 1 for rank in range(7)]
-        with torch.no_grad():
-            U2.sub_(0.1 * U2.grad)
-        model.zero_grad()
+        step_on(model, U2)
         with model.base_model.use_task([0, 1, 2, 0, 1, 2]):
             model(x).sin().sum().backward()
         # nothing is dead: the slice that is left over, and what couples the tasks, get gradients
