@@ -66,6 +66,7 @@ METHODS = {
     "full": Method("everything", "full", ("--lr", "--norm-lr")),
     "convlora_equal": Method("Conv-LoRA", "convlora"),
     "talora_last_half": Method("TA-LoRA, last half of the layers", "talora", layers="last-half"),
+    "talora_shared_half": Method("TA-LoRA, first half of the layers shared", "talora", layers="shared-half"),
     "lora_all": Method("PEFT LoRA, shared, all linear layers", "lora", targets="all"),
     "lora_per_task_all": Method("PEFT LoRA, one per task, all linear layers", "lora", per_task=True, targets="all"),
     "talora_all": Method("TA-LoRA, all linear layers", "talora", targets="all"),

@@ -33,15 +33,18 @@ def adapted_layers(encoder: nn.Module, targets: str, layers: str) -> dict[str, A
     Args:
         encoder: The vision encoder; its blocks are `layers`.
         targets: "qkv", or "all": all of its linear layers.
-        layers: "all", or "last-half": what comes before is the same for all tasks, and runs once for all of them.
+        layers: "all"; "last-half"; or "shared-half", of TA-LoRA: all, and the first half has one update for all tasks. What the
+            first half gives is the same for all tasks in both, so that it runs once for all of them.
     """
     names = {name.rpartition(".")[2] for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
     blocks = len(getattr(encoder, "blocks", None) or encoder.layers)
+    first_half, last_half = list(range(blocks // 2)), list(range(blocks // 2, blocks))
+    of_layers = {"last-half": {"layers_to_transform": last_half}, "shared-half": {"shared_layers": first_half}}
     fused = [name for name in names if name == "qkv"]
     return {
         # as the tuners' defaults: SAM 3 has no fused projection
         "target_modules": sorted(names) if targets == "all" else fused or ["q_proj", "v_proj"],
-        "layers_to_transform": list(range(blocks // 2, blocks)) if layers == "last-half" else None,
+        **of_layers.get(layers, {}),
     }
 
 

@@ -22,7 +22,7 @@ CAMERAS = ("photo", "thermal", "ultrasound")
 ADAPTER_LR = {"talora": 5e-3, "convlora": 2e-3, "lora": 5e-3, "full": 3e-4}
 # the rank at which each method was published; that of lora is talora's
 RANK = {"talora": 32, "convlora": 3, "lora": 32}
-TARGETS, LAYERS = ("qkv", "all"), ("all", "last-half")
+TARGETS, LAYERS = ("qkv", "all"), ("all", "last-half", "shared-half")
 # {field of an adapter's configuration: the option that decides it}
 DECIDED = {"r": "--rank", "target_modules": "--targets", "layers_to_transform": "--layers", "tasks": "--tasks"}
 # the recipe's scale-crops on NYUv2; train and test scenes are drawn alike, and crops would only take them apart
@@ -159,7 +159,8 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     add("--rank", type=count, help=f"rank of the adapter (default: {RANK['talora']}, for convlora {RANK['convlora']})")
     add("--targets", choices=TARGETS, default="qkv", help="layers of the encoder that get an adapter: the fused q/k/v "
         "projections, or all linear ones")  # fmt: skip
-    add("--layers", choices=LAYERS, default="all", help="blocks of the encoder that get an adapter")
+    add("--layers", choices=LAYERS, default="all", help="blocks of the encoder that get an adapter; "
+        "shared-half: all, the first half with one update for all tasks, so that it runs once for all of them")  # fmt: skip
     add("--config", type=config_field, nargs="+", action="extend", metavar="FIELD=VALUE", help="further fields of the adapter's configuration: of "
         "TALoraConfig, ConvLoraConfig or PEFT's LoraConfig, such as talora_dropout=0.1 or init_weights=split")  # fmt: skip
     add("--init-from", metavar="ADAPTER", help="start from the weights of this adapter, a folder or a Hub id; it says the "
@@ -249,6 +250,7 @@ def misfit(args: argparse.Namespace, given: set[str]) -> str | None:
         (args.dataset != "scenes", ["camera"], "is for rendered scenes, not for --dataset " + args.dataset),
         (args.method not in RANK, ["rank"], f"does not apply to --method {args.method}: it has no rank"),
         (args.method not in RANK, ["targets", "layers", "config"], f"does not apply to --method {args.method}: it has no adapter"),
+        (args.layers == "shared-half" and args.method != "talora", ["layers"], f"shared-half is for --method talora: with {args.method} all tasks share all updates"),
         (args.method not in ADAPTER_LR, ["lr"], "does not apply to --method decoder: there is no adapter, see --decoder-lr"),
         (args.keep_best is None, ["patience"], "needs --keep-best METRIC"),
         (args.init_from is not None, OF_THE_ADAPTER, "cannot be chosen with --init-from: the adapter says it"),

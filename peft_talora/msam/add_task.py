@@ -70,11 +70,12 @@ def add_task(model: PeftModel, name: str, spec: TaskSpec | Mapping[str, Any] | N
             f"add_task(model, {name!r}). Got {spec!r}."
         )
     growth = MSamGrowth(model, adapter_name, name, spec) if is_msam(base) else None
-    _warn_of_no_gradient(layers, adapter_name)
+    layers_of_tasks = [layer for layer in layers if not layer.is_shared[adapter_name]]
+    _warn_of_no_gradient(layers_of_tasks, adapter_name)
 
     # from here on nothing is refused
     _freeze(base, adapter_name)
-    for layer in layers:
+    for layer in layers_of_tasks:
         layer.add_task_row(adapter_name, layer.task_rows(adapter_name).mean(dim=0))
     if layers:
         layers[0].task_router.add_task(adapter_name, name)

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+
 from ..registration import add_peft_type
 from ..routing.names import validate_task_names
 from ..saving.tensors import Shape, check_sizes
 from ..tuner.checks import check_number, check_positive_int, check_probability, is_int
-from ..tuner.config import TargetsConfig
+from ..tuner.config import TargetsConfig, layer_index
 from .init import COMMON_SHARE
 
 # the names of projections that are no fused one
@@ -56,6 +60,11 @@ class TALoraConfig(TargetsConfig):
         ortho_reg_weight (`float`):
             Weight of the orthogonality regulariser (MTSAM), see [`auxiliary_loss`]. 0 switches it off. It asks every slice of G to
             be orthogonal, those too that the starts as LoRAs leave at zero.
+        shared_layers (`list[int]` or `int`, *optional*):
+            The indices of layers whose update is the same for all tasks: one LoRA (of rank min(p, q)) in the place of the tensor, with
+            r_task 1 and one row of U3. An mSAM runs what comes before the first layer that tells tasks apart once for
+            all tasks of an image, so that with the first half of the layers here a forward of three tasks costs two thirds. Indices are those of
+            `layers_to_transform`.
         active_task (`str`, *optional*):
             The task that is active when the adapter is made or loaded; the first one when None. An adapter is saved with
             the task that is active then.
@@ -114,6 +123,15 @@ class TALoraConfig(TargetsConfig):
     ortho_reg_weight: float = field(
         default=0.0, metadata={"help": "Weight of the orthogonality regulariser; 0 switches it off."}
     )
+    shared_layers: list[int] | int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The indices of layers whose update is the same for all tasks. Where they come first an mSAM runs them once "
+                "for all tasks of an image."
+            )
+        },
+    )
     active_task: str | None = field(
         default=None,
         metadata={"help": "The task that is active when the adapter is made or loaded; the first when None."},
@@ -142,11 +160,55 @@ class TALoraConfig(TargetsConfig):
         if not isinstance(self.init_weights, bool | str) or self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"`init_weights` must be one of {INIT_WEIGHTS}, got {self.init_weights!r}.")
         self._check_enable_qkv()
+        self._check_shared_layers()
 
     def check_active_task(self) -> None:
         """Raise ValueError unless `active_task` is one of `tasks`."""
         if self.active_task is not None and self.active_task not in (self.tasks or []):
             raise ValueError(f"`active_task` must be one of the tasks {self.tasks}, got {self.active_task!r}.")
+
+    def _check_shared_layers(self) -> None:
+        if self.shared_layers is None:
+            return
+        indices = _as_list(self.shared_layers)
+        if not all(is_int(index, 0) for index in indices):
+            raise ValueError(f"`shared_layers` must be indices of layers, 0 or more, got {self.shared_layers!r}.")
+        self.shared_layers = sorted(set(indices)) or None
+        if self.layers_to_transform is None:
+            return
+        adapted = _as_list(self.layers_to_transform)
+        others = sorted(set(indices) - set(adapted))
+        if others:
+            raise ValueError(
+                f"`shared_layers` must be among the layers that are adapted, `layers_to_transform` {adapted}, but {others} are not."
+            )
+
+    def check_shared_layers_of(self, model: nn.Module) -> None:
+        """Raise ValueError unless all of `shared_layers` get an adapter in the model."""
+        if self.shared_layers is None:
+            return
+        every = self.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        adapted = (
+            name
+            for name, module in model.named_modules()
+            if (every and isinstance(module, nn.Linear)) or check_target_module_exists(self, name)
+        )
+        found = {layer_index(name, self.layers_pattern) for name in adapted}
+        known = sorted(index for index in found if index is not None)
+        unknown = [index for index in _as_list(self.shared_layers) if index not in known]
+        if unknown:
+            raise ValueError(
+                f"`shared_layers` must be layers of the {type(model).__name__} that are adapted, but {unknown} are not: those are "
+                f"{known or 'in no list of layers'}."
+            )
+
+    def shares(self, name: str) -> bool:
+        """Whether all tasks share the update of the layer `name`."""
+        return layer_index(name, self.layers_pattern) in _as_list(self.shared_layers)
+
+    def task_sizes(self, name: str) -> tuple[int, int]:
+        """The shape of U3 in the layer `name`: how many rows, and v."""
+        return (1, 1) if self.shares(name) else (len(self.tasks or []), self.r_task)
 
     def _check_added_tasks(self) -> None:
         if not is_int(self.added_tasks, 0) or self.added_tasks >= len(self.tasks or [None]):
@@ -215,14 +277,26 @@ class TALoraConfig(TargetsConfig):
     def settings(self) -> dict[str, Any]:
         """See [`TargetsConfig`]."""
         enabled = None if self.enable_qkv is None or all(self.enable_qkv) else self.enable_qkv
-        return {"tasks": self.tasks, "enable_qkv": enabled, "scaling": self.scaling}
+        return {
+            "tasks": self.tasks,
+            "enable_qkv": enabled,
+            "scaling": self.scaling,
+            "shared_layers": self.shared_layers,
+        }
 
     def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
         """See [`TargetsConfig`]."""
-        ranks = (self.rank_in, self.rank_out, self.r_task)
-        check_sizes("r_in, r_out and r_task", ranks, shapes, "talora_G")
+        shared = {name: shape for name, shape in shapes.items() if self.shares(name)}
+        own = {name: shape for name, shape in shapes.items() if name not in shared}
+        ranks = (self.rank_in, self.rank_out)
+        if any(name.endswith(".talora_G") for name in shared):
+            check_sizes("r_in, r_out and 1, of shared_layers", (*ranks, 1), shared, "talora_G")
+            check_sizes("shared_layers", (1, 1), shared, "talora_U3")
+            if not any(name.endswith(".talora_G") for name in own):
+                return
+        check_sizes("r_in, r_out and r_task", (*ranks, self.r_task), own, "talora_G")
         if self.tasks is not None:
-            check_sizes("the number of tasks and r_task", (len(self.tasks), self.r_task), shapes, "talora_U3")
+            check_sizes("the number of tasks and r_task", (len(self.tasks), self.r_task), own, "talora_U3")
 
     @property
     def rank_in(self) -> int:
@@ -233,3 +307,10 @@ class TALoraConfig(TargetsConfig):
     def rank_out(self) -> int:
         """The rank q of U2."""
         return self.r if self.r_out is None else self.r_out
+
+
+def _as_list(indices: list[int] | int | None) -> list[int]:
+    """Indices of layers as PEFT takes them: one, several or none."""
+    if indices is None:
+        return []
+    return list(indices) if isinstance(indices, list | tuple | set | range) else [indices]

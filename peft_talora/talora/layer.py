@@ -26,7 +26,16 @@ class TALoraLayer(MergingLayer):
     # All names of layers that may contain (trainable) adapter weights
     adapter_layer_names: tuple[str, ...] = ("talora_G", "talora_U1", "talora_U2", "talora_U3")
     # All names of other parameters that may contain adapter-related parameters
-    other_param_names = ("r_in", "r_out", "r_task", "scaling", "talora_dropout", "enable_qkv", "ortho_reg_weight")
+    other_param_names = (
+        "r_in",
+        "r_out",
+        "r_task",
+        "scaling",
+        "talora_dropout",
+        "enable_qkv",
+        "ortho_reg_weight",
+        "is_shared",
+    )
 
     def __init__(self, base_layer: nn.Module, task_router: TaskRouter, **kwargs: Any) -> None:
         super().__init__(base_layer, task_router, **kwargs)
@@ -36,6 +45,7 @@ class TALoraLayer(MergingLayer):
         self.scaling: dict[str, float] = {}
         self.enable_qkv: dict[str, list[bool] | None] = {}
         self.ortho_reg_weight: dict[str, float] = {}
+        self.is_shared: dict[str, bool] = {}
         self.talora_dropout = nn.ModuleDict({})
         self.talora_own_row = OwnRows()
         share_state(self)
@@ -43,8 +53,8 @@ class TALoraLayer(MergingLayer):
     @property
     def is_task_aware(self) -> bool:
         """Whether the output depends on the task that the forward is for."""
-        is_active = not self.disable_adapters and any(name in self.talora_G for name in self.active_adapters)
-        return is_active and self.own_task is None
+        active = [name for name in self.active_adapters if name in self.talora_G and not self.is_shared[name]]
+        return bool(active) and not self.disable_adapters and self.own_task is None
 
     def update_layer(self, adapter_name: str, config: TALoraConfig, name: str = "") -> None:
         """Add the factors of the adapter `adapter_name`.
@@ -55,20 +65,21 @@ class TALoraLayer(MergingLayer):
             name: The layer's full name in the model, for error messages.
         """
         num_enabled = config.num_enabled_outputs(self.out_features, name)
-        p, q, v = config.rank_in, config.rank_out, config.r_task
+        assert config.tasks is not None  # filled by the tuner
+        p, q, (rows, v) = config.rank_in, config.rank_out, config.task_sizes(name)
         self.r_in[adapter_name] = p
         self.r_out[adapter_name] = q
         self.r_task[adapter_name] = v
         self.scaling[adapter_name] = config.scaling
         self.enable_qkv[adapter_name] = config.enable_qkv
         self.ortho_reg_weight[adapter_name] = config.ortho_reg_weight
-        assert config.tasks is not None  # filled by the tuner
+        self.is_shared[adapter_name] = config.shares(name)
         dropout = nn.Dropout(p=config.talora_dropout) if config.talora_dropout > 0.0 else nn.Identity()
         self.talora_dropout.update(nn.ModuleDict({adapter_name: dropout}))
         self.talora_G[adapter_name] = nn.Parameter(torch.zeros(p, q, v))
         self.talora_U1[adapter_name] = nn.Parameter(torch.empty(self.in_features, p))
         self.talora_U2[adapter_name] = nn.Parameter(torch.empty(num_enabled, q))
-        self.talora_U3[adapter_name] = nn.Parameter(torch.empty(len(config.tasks), v))
+        self.talora_U3[adapter_name] = nn.Parameter(torch.empty(rows, v))
         if adapter_name in self.talora_own_row:
             del self.talora_own_row[adapter_name]
         self.task_router.add(adapter_name, config.tasks, config.added_tasks)
@@ -77,7 +88,7 @@ class TALoraLayer(MergingLayer):
         self._activate(adapter_name, config)
 
     def task_rows(self, adapter_name: str) -> torch.Tensor:
-        """U3 (T, v); the row of a task that was added comes from the parameter that it is trained in."""
+        """U3, (T, v), or (1, v) in a shared layer; the row of a task that was added comes from the parameter that it is trained in."""
         U3 = self.talora_U3[adapter_name]
         if adapter_name not in self.talora_own_row:
             return U3
@@ -137,7 +148,8 @@ class TALoraLinear(nn.Module, TALoraLayer):
         dW_t[o, i] = s * sum_{a,b,c} G[a,b,c] U1[i,a] U2[o,b] U3[t,c]
         y = W0 x + bias + dW_t dropout(x)
 
-    with G (p, q, v), U1 (d, p), U2 (k, q) and U3 (T, v). It is never built: with M_t = sum_c U3[t,c] G[:,:,c] (p, q),
+    with G (p, q, v), U1 (d, p), U2 (k, q) and U3 (T, v); in a layer of `TALoraConfig.shared_layers` v is 1, and the one row of U3
+    is every task's. It is never built: with M_t = sum_c U3[t,c] G[:,:,c] (p, q),
     one task costs two products, x (s U1 M_t) and that times U2^T, which is a LoRA of rank min(p, q); a batch of mixed
     tasks multiplies x U1 of each sample with the M_t of its task.
 
@@ -216,9 +228,9 @@ class TALoraLinear(nn.Module, TALoraLayer):
         return self._mixed_hidden(adapter_name, x, task.to(x.device))
 
     def _core(self, adapter_name: str, task: int | torch.Tensor) -> torch.Tensor:
-        """s M_t: (p, q) for one task, (B, p, q) for one task per sample."""
+        """s M_t: (p, q) for one task, and in a shared layer for all of them; (B, p, q) for one task per sample."""
         G = self.talora_G[adapter_name]
-        rows = self.task_rows(adapter_name)[task] * self.scaling[adapter_name]
+        rows = self.task_rows(adapter_name)[0 if self.is_shared[adapter_name] else task] * self.scaling[adapter_name]
         if rows.ndim == 1:
             return G @ rows
         p, q, v = G.shape
@@ -253,7 +265,7 @@ class TALoraLinear(nn.Module, TALoraLayer):
         """Refuse a replay by activation checkpointing that does not know the tasks of its forward."""
         if torch.compiler.is_compiling() or not in_backward():
             return
-        if self.own_task is not None or len(self.task_router.tasks[adapter_name]) == 1:
+        if self.own_task is not None or self.is_shared[adapter_name] or len(self.task_router.tasks[adapter_name]) == 1:
             return
         if not replaying():
             raise RuntimeError(

@@ -23,6 +23,8 @@ class MergingLayer(PluginLayer):
     """
 
     talora_G: nn.ParameterDict
+    # per adapter: whether the update is the same for all tasks
+    is_shared: dict[str, bool]
 
     def __init__(self, base_layer: nn.Module, task_router: TaskRouter, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
@@ -33,7 +35,12 @@ class MergingLayer(PluginLayer):
         self.merged_tasks: dict[str, int] = {}
 
     def task_of(self, adapter_name: str) -> int | torch.Tensor:
-        """The index of the task that the layer computes now, or of each sample's task, a LongTensor (B,)."""
+        """The index of the task that the layer computes now, or of each sample's task, a LongTensor (B,).
+
+        It is 0, whatever the forward is for, where all tasks share the update.
+        """
+        if self.is_shared[adapter_name]:
+            return 0
         if self.own_task is None:
             return self.task_router.task_of(adapter_name)
         return self.task_router.tasks[adapter_name].index(self.own_task)

@@ -70,6 +70,7 @@ class TALoraModel(PluginTuner):
                 'instance TALoraConfig(tasks=["depth", "normals"]). Only an MSamForMultiTask brings its own.'
             )
         peft_config.check_active_task()
+        peft_config.check_shared_layers_of(model)
         peft_config.warn_of_shared_starts()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -138,12 +139,15 @@ class TALoraModel(PluginTuner):
     def _tasks_once_merged(self, adapter_names: list[str] | None) -> list[str]:
         """The names of the tasks whose updates the weights hold once the adapters are merged, too.
 
-        The layers of a task's decoder hold that task's; where no other layer is tuned, the active task counts.
+        The layers of a task's decoder hold that task's; where no other layer is tuned, the active task counts. A layer whose
+        update all tasks share is right for each of them.
         """
         router, tasks, active = self.task_router, set(), set()
         for layer in self.model.modules():
             if isinstance(layer, TALoraLayer):
                 for adapter_name, task in {**layer.merged_tasks, **layer.tasks_to_merge(adapter_names)}.items():
+                    if layer.is_shared[adapter_name]:
+                        continue
                     names = router.tasks[adapter_name]
                     active.add(names[router.active[adapter_name]])
                     if layer.own_task is None:

@@ -20,7 +20,7 @@ from training.data import load_data
 from training.options import ADAPTER_LR, METHODS, parse_args
 from training.run import Run
 
-from peft_talora import MSamForMultiTask
+from peft_talora import MSamForMultiTask, TALoraLayer
 from peft_talora.msam.tasks import parse_tasks
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -61,6 +61,18 @@ class TestLayers:
         both = self.adapted(base, "--method", method, "--targets", "all", "--layers", "last-half")
         assert both == {name for name in all_linear if not name.startswith("0.")}
 
+    def test_a_shared_half_has_one_update_for_all_tasks(self, base):
+        args = parse_args(["--base", base, "--rank", "2", "--layers", "shared-half", "--targets", "all"])
+        model = script.make_model(
+            args, args.method, parse_tasks({"depth": {"kind": "depth"}, "edges": {"kind": "binary"}})
+        )
+        rows = {
+            name.split("layers.")[1].partition(".")[0]: len(layer.talora_U3["default"])
+            for name, layer in model.named_modules()
+            if isinstance(layer, TALoraLayer)
+        }
+        assert rows == {"0": 1, "1": 2, "2": 2}
+
     def test_another_choice_is_another_run(self, data_folder, tmp_path, base):
         def identity(*more):
             args = parse_args(["--base", base, "--dataset", data_folder, *more])
@@ -72,6 +84,7 @@ class TestLayers:
             plain
             != identity("--targets", "all")
             != identity("--layers", "last-half")
+            != identity("--layers", "shared-half")
             != plain
             != identity("--no-flip")
         )

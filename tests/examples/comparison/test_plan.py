@@ -92,6 +92,9 @@ class TestPlan:
         # the last half of the blocks has most of them: Hiera grows wider
         wide = sum(4 * (d + k) + 4 * 4 * 4 + 3 * 4 for d, k in widths[3:])
         assert count_parameters(sam, METHODS["talora_last_half"], tasks, 4) == wide
+        # three of the seven have one update for all tasks: one slice of G, and one row of U3 with one entry
+        shared = talora - sum(4 * 4 * 3 + 3 * 4 - 1 for _ in widths[:3])
+        assert count_parameters(sam, METHODS["talora_shared_half"], tasks, 4) == shared
         assert set(ranks) == METHODS.keys() - {"decoder", "full"} and ranks["convlora_equal"] > 1
         # five tasks have a slice of G each, and one for all
         talora = sum(4 * (d + k) + 4 * 4 * 6 + 5 * 6 for d, k in widths)

@@ -132,6 +132,10 @@ def test_impossible_values(argv, message, refused):
         (["--method", "full", "--rank", "4"], "--rank does not apply to --method full"),
         (["--method", "full", "--targets", "all"], "--targets does not apply to --method full"),
         (["--method", "decoder", "--layers", "last-half"], "--layers does not apply to --method decoder"),
+        (
+            ["--method", "lora", "--layers", "shared-half"],
+            "--layers shared-half is for --method talora: with lora all",
+        ),
         (["--init-from", "x", "--targets", "all"], "--targets cannot be chosen with --init-from"),
         (["--method", "decoder", "--lr", "0.1"], "--lr does not apply to --method decoder"),
         (["--patience", "3"], "--patience needs --keep-best"),
