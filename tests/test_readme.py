@@ -27,7 +27,7 @@ def hub(tmp_path, monkeypatch):
     """The working directory stands for the Hub: what would be loaded from there and pushed there are folders in it."""
     monkeypatch.chdir(tmp_path)
     # SAM's own input, with few and small tokens
-    make_sam(image_size=1024, patch_size=32).save_pretrained("facebook/sam-vit-base")
+    make_sam(image_size=1024, patch_size=32, num_hidden_layers=12).save_pretrained("facebook/sam-vit-base")
     pushed = []
 
     def push(model, hub_id, **more):

@@ -1,4 +1,4 @@
-"""All tasks of an image in one forward, to one forward for each of them."""
+"""All tasks of an image in one forward, to one forward for each of them; half of the layers shared, to none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def tasks(args: argparse.Namespace) -> Iterator[Row]:
     """The encoder, an inference and a training step, with TA-LoRA in the last half of the layers.
 
     Where the encoder takes E, the joint forward takes E / 2 + 3 E / 2 and three passes take 3 E: 2 / 3 is the floor. The
-    decoders run as often either way.
+    decoders run as often either way. Last, all layers with TA-LoRA and the first half of them shared: 2 / 3 of what it takes where
+    every layer tells tasks apart is the floor for the encoder.
     """
     for name in args.sizes:
         size = SIZES[name]
@@ -35,6 +36,23 @@ def tasks(args: argparse.Namespace) -> Iterator[Row]:
             model.train(what == "training step")
             row = Row(f"three tasks, {what}, {name}", "joint", "three passes", limit=LIMITS[what])
             yield measure(row, variants, args)
+        row = Row(f"TA-LoRA in all layers, training step, {name}", "first half shared", "none shared", limit=0.8)
+        ways = {"first half shared": list(range(size.layers // 2)), "none shared": None}
+        yield measure(row, {way: sharing(size, shared, images, labels, args) for way, shared in ways.items()}, args)
+
+
+def sharing(
+    size: Size,
+    shared: list[int] | None,
+    images: torch.Tensor,
+    labels: dict[str, torch.Tensor],
+    args: argparse.Namespace,
+) -> Callable[[], None]:
+    """A training step with these layers shared by the tasks."""
+    torch.manual_seed(0)
+    msam = pt.MSamForMultiTask.from_sam(make_sam(size, args), TASKS, channel_mode="token")
+    model = adapt(msam, pt.TALoraConfig(r=size.rank, shared_layers=shared))
+    return training_step(model, lambda: joint_loss(model, images, labels))
 
 
 def half_adapted(size: Size, args: argparse.Namespace) -> nn.Module:

@@ -63,7 +63,12 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> tupl
     add("--tasks", nargs="+", help="the tasks (default: those of the dataset, for scenes semantic depth normals)")
     add("--base", default=DEFAULT, help=f"the SAM: {', '.join(BASES)}, a path, or a Hub id such as facebook/sam-vit-base (default: "
         "%(default)s)")  # fmt: skip
-    add("--rank", type=count, default=32, help="rank of TA-LoRA; the LoRAs' follows from it (default: %(default)s)")
+    add(
+        "--rank",
+        type=count,
+        default=32,
+        help="rank of TA-LoRA without shared layers; the others' follow from it (default: %(default)s)",
+    )
     add("--no-tuning", action="store_true", help="take the methods' default learning rates")
     add("--jobs", type=count, default=1, help="runs at once (default: %(default)s)")
     add("--num-threads", type=count, help="CPU threads of a run (default: the training script's)")

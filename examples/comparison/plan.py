@@ -115,9 +115,9 @@ def check_fields(entries: Iterable[Entry]) -> None:
 
 
 def matching_ranks(base: str, rank: int, tasks: tuple[str, ...], names: Iterable[str] = METHODS) -> dict[str, int]:
-    """{method: rank} at which each has about as many parameters as TA-LoRA of `rank`; one per task, all of them together."""
+    """{method: rank} at which each has about as many parameters as TA-LoRA of `rank` without shared layers; one per task, all together."""
     sam = load_sam(base)
-    target = count_parameters(sam, METHODS["talora"], tasks, rank)
+    target = count_parameters(sam, METHODS["talora_unshared"], tasks, rank)
     ranks = {}
     for name in names:
         method = METHODS[name]

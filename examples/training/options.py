@@ -159,8 +159,8 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     add("--rank", type=count, help=f"rank of the adapter (default: {RANK['talora']}, for convlora {RANK['convlora']})")
     add("--targets", choices=TARGETS, default="qkv", help="layers of the encoder that get an adapter: the fused q/k/v "
         "projections, or all linear ones")  # fmt: skip
-    add("--layers", choices=LAYERS, default="all", help="blocks of the encoder that get an adapter; "
-        "shared-half: all, the first half with one update for all tasks, so that it runs once for all of them")  # fmt: skip
+    add("--layers", choices=LAYERS, help="blocks of the encoder that get an adapter; shared-half: all, the first half with one "
+        "update for all tasks, so that it runs once for all of them (default: shared-half for talora, else all)")  # fmt: skip
     add("--config", type=config_field, nargs="+", action="extend", metavar="FIELD=VALUE", help="further fields of the adapter's configuration: of "
         "TALoraConfig, ConvLoraConfig or PEFT's LoraConfig, such as talora_dropout=0.1 or init_weights=split")  # fmt: skip
     add("--init-from", metavar="ADAPTER", help="start from the weights of this adapter, a folder or a Hub id; it says the "
@@ -291,6 +291,8 @@ def fill_in(args: argparse.Namespace) -> None:
             setattr(args, name, getattr(args, name) or images)
     if args.rank is None:
         args.rank = RANK.get(args.method)
+    if args.layers is None:
+        args.layers = "shared-half" if args.method == "talora" else "all"
     if args.lr is None:
         args.lr = ADAPTER_LR.get(args.method)
     if args.crop_scales is None:

@@ -43,7 +43,13 @@ class TestPlan:
         assert option(job, "--lr") == option(job, "--norm-lr") == "0.04" and "--rank" not in job.arguments
         assert "--targets" not in job.arguments
         (job,) = plan.jobs(Cell(Entry("talora", 8), Amount(16), 5), rates).values()
-        assert option(job, "--rank") == "8" and option(job, "--targets") == "qkv" and option(job, "--layers") == "all"
+        assert (
+            option(job, "--rank") == "8"
+            and option(job, "--targets") == "qkv"
+            and option(job, "--layers") == "shared-half"
+        )
+        (job,) = plan.jobs(Cell(Entry("talora_unshared", 8), Amount(16), 5), rates | {"talora_unshared": 0.1}).values()
+        assert option(job, "--layers") == "all"
         (job,) = plan.jobs(Cell(Entry("talora_last_half"), Amount(16), 5), {"talora_last_half": 0.1}).values()
         assert option(job, "--layers") == "last-half" and option(job, "--method") == "talora"
         (job,) = plan.jobs(Cell(Entry("lora_all"), Amount(16), 5), {"lora_all": 0.1}).values()
@@ -64,7 +70,7 @@ class TestPlan:
         width, tasks = config.hidden_size, ("a", "b", "c")
         talora = 4 * width * 16 + 16 * 16 * 4 + 3 * 4
         ranks = matching_ranks(base, 16, tasks)
-        assert ranks["talora"] == 16 and ranks["convlora"] == 3 and not {"decoder", "full"} & set(ranks)
+        assert ranks["talora_unshared"] == 16 and ranks["convlora"] == 3 and not {"decoder", "full"} & set(ranks)
         assert ranks["lora"] == round(talora / (4 * width)) and ranks["lora_per_task"] == round(
             talora / (4 * width) / 3
         )
@@ -86,7 +92,7 @@ class TestPlan:
         assert len(widths) == 7 and len(set(widths)) > 4
         ranks, tasks = matching_ranks(str(tmp_path), 4, ("a", "b", "c")), ("a", "b", "c")
         talora = sum(4 * (d + k) + 4 * 4 * 4 + 3 * 4 for d, k in widths)
-        assert count_parameters(sam, METHODS["talora"], tasks, 4) == talora
+        assert count_parameters(sam, METHODS["talora_unshared"], tasks, 4) == talora
         each = sum(map(sum, widths))
         assert ranks["lora"] == round(talora / each) and ranks["lora_per_task"] == round(talora / each / 3)
         # the last half of the blocks has most of them: Hiera grows wider
@@ -94,11 +100,11 @@ class TestPlan:
         assert count_parameters(sam, METHODS["talora_last_half"], tasks, 4) == wide
         # three of the seven have one update for all tasks: one slice of G, and one row of U3 with one entry
         shared = talora - sum(4 * 4 * 3 + 3 * 4 - 1 for _ in widths[:3])
-        assert count_parameters(sam, METHODS["talora_shared_half"], tasks, 4) == shared
+        assert count_parameters(sam, METHODS["talora"], tasks, 4) == shared
         assert set(ranks) == METHODS.keys() - {"decoder", "full"} and ranks["convlora_equal"] > 1
         # five tasks have a slice of G each, and one for all
         talora = sum(4 * (d + k) + 4 * 4 * 6 + 5 * 6 for d, k in widths)
-        assert count_parameters(sam, METHODS["talora"], tuple("abcde"), 4) == talora
+        assert count_parameters(sam, METHODS["talora_unshared"], tuple("abcde"), 4) == talora
 
     def test_fields_of_its_own_go_to_the_runs_of_a_row(self, tmp_path):
         entry = Entry.parse("talora:8:init_weights=lora:scaling=1")
