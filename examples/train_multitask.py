@@ -358,6 +358,9 @@ def train_all(run: Run) -> None:
     checkpoint = find_checkpoint(args.resume, run.checkpoints, run.identity(), accelerator.print)
     if args.keep_best:
         find_metric(args.keep_best, run.data.tasks)
+    if "shared_layers" in args.config:
+        # whether the SAM has these layers
+        make_model(args, run.method, run.data.tasks)
     baseline = None if args.baseline in ("train", "none") else results.read_baseline(args.baseline)
     run.name = on_main_process(accelerator, lambda: begin(run, checkpoint))
     if args.baseline == "train":

@@ -108,6 +108,8 @@ def check_field(kind: type[PeftConfig], name: str, value: Any) -> None:
 def check_config(method: str, rank: int, chosen: Mapping[str, Any]) -> None:
     """Raise ValueError unless an adapter can be made with the fields of --config: on one small layer."""
     config = adapter_config(method, rank, chosen, tasks=["task"], target_modules=["qkv"])
+    # indices of the model's own layers, of which that one is none
+    config.shared_layers = None
     try:
         get_peft_model(nn.ModuleDict({"qkv": nn.Linear(6, 18)}), config)
     except Exception as error:

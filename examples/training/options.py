@@ -251,6 +251,7 @@ def misfit(args: argparse.Namespace, given: set[str]) -> str | None:
         (args.method not in RANK, ["rank"], f"does not apply to --method {args.method}: it has no rank"),
         (args.method not in RANK, ["targets", "layers", "config"], f"does not apply to --method {args.method}: it has no adapter"),
         (args.layers == "shared-half" and args.method != "talora", ["layers"], f"shared-half is for --method talora: with {args.method} all tasks share all updates"),
+        ("shared_layers" in dict(args.config or []), ["layers"], "and --config shared_layers say the same: give one of them"),
         (args.method not in ADAPTER_LR, ["lr"], "does not apply to --method decoder: there is no adapter, see --decoder-lr"),
         (args.keep_best is None, ["patience"], "needs --keep-best METRIC"),
         (args.init_from is not None, OF_THE_ADAPTER, "cannot be chosen with --init-from: the adapter says it"),

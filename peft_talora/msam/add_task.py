@@ -22,8 +22,8 @@ from .tasks import TaskSpec
 def add_task(model: PeftModel, name: str, spec: TaskSpec | Mapping[str, Any] | None = None) -> None:
     """Add a task to a trained adapter; the tasks that it has stay as they are, to the last bit, while the new one is trained.
 
-    Only what is the new task's own is trainable then: with TA-LoRA its row of U3 in every layer, a parameter of its own; its
-    mask decoder and its no-mask embedding. All else is frozen: G, U1, U2 and the other rows, the other decoders and embeddings,
+    Only what is the new task's own is trainable then: with TA-LoRA its row of U3, a parameter of its own, in every layer that
+    tells tasks apart; its mask decoder and its no-mask embedding. All else is frozen: G, U1, U2 and the other rows, the other decoders and embeddings,
     the encoder's LayerNorms; neither weight decay nor momentum moves it. With Conv-LoRA or PEFT's own tuners all tasks share
     the encoder, and the new one gets a decoder and an embedding alone.
 
@@ -71,6 +71,11 @@ def add_task(model: PeftModel, name: str, spec: TaskSpec | Mapping[str, Any] | N
         )
     growth = MSamGrowth(model, adapter_name, name, spec) if is_msam(base) else None
     layers_of_tasks = [layer for layer in layers if not layer.is_shared[adapter_name]]
+    if not is_msam(base) and not layers_of_tasks:
+        raise ValueError(
+            f"All layers of the adapter '{adapter_name}' have one update for all tasks (TALoraConfig.shared_layers): on a "
+            f"{type(base).__name__} '{name}' would be the same as the other tasks, with nothing to train."
+        )
     _warn_of_no_gradient(layers_of_tasks, adapter_name)
 
     # from here on nothing is refused
@@ -121,7 +126,7 @@ def _warn_of_no_gradient(layers: list[TALoraLayer], adapter_name: str) -> None:
             return
     if layers:
         warnings.warn(
-            f"The adapter '{adapter_name}' is not trained yet, all its updates are zero: a new task trains its row of U3 alone, "
+            f"The adapter '{adapter_name}' is not trained yet, the updates that tell tasks apart are zero: a new task trains its row of U3 alone, "
             "and would leave them zero. Train the adapter first, or make it with all tasks (TALoraConfig.tasks, or from_sam).",
             stacklevel=3,
         )

@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from torch import nn
-
 from ..registration import add_peft_type
 from ..routing.names import validate_task_names
 from ..saving.tensors import Shape, check_sizes
 from ..tuner.checks import check_number, check_positive_int, check_probability, is_int
-from ..tuner.config import TargetsConfig, layer_index
+from ..tuner.config import TargetsConfig
+from ..tuner.layer_index import as_indices
 from .init import COMMON_SHARE
+from .shared_layers import checked_indices, is_shared
 
 # the names of projections that are no fused one
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -34,7 +32,7 @@ class TALoraConfig(TargetsConfig):
 
     Args:
         tasks (`list[str]`, *optional*):
-            The ordered task names: unique Python identifiers. Row t of U3 belongs to task t. Taken from the model when
+            The ordered task names: unique Python identifiers. Row t of U3 belongs to task t (outside of `shared_layers`). Taken from the model when
             it is an `MSamForMultiTask` and this is None; required for every other model.
         r (`int`): The rank of the input and the output factor, where `r_in` and `r_out` do not say otherwise.
         r_in (`int`, *optional*): The rank p of the input factor U1.
@@ -64,7 +62,7 @@ class TALoraConfig(TargetsConfig):
             The indices of layers whose update is the same for all tasks: one LoRA (of rank min(p, q)) in the place of the tensor, with
             r_task 1 and one row of U3. An mSAM runs what comes before the first layer that tells tasks apart once for
             all tasks of an image, so that with the first half of the layers here a forward of three tasks costs two thirds. Indices are those of
-            `layers_to_transform`.
+            `layers_to_transform`, and like these they mean a decoder's layers, too, where such are adapted.
         active_task (`str`, *optional*):
             The task that is active when the adapter is made or loaded; the first one when None. An adapter is saved with
             the task that is active then.
@@ -160,51 +158,16 @@ class TALoraConfig(TargetsConfig):
         if not isinstance(self.init_weights, bool | str) or self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"`init_weights` must be one of {INIT_WEIGHTS}, got {self.init_weights!r}.")
         self._check_enable_qkv()
-        self._check_shared_layers()
+        self.shared_layers = checked_indices(self)
 
     def check_active_task(self) -> None:
         """Raise ValueError unless `active_task` is one of `tasks`."""
         if self.active_task is not None and self.active_task not in (self.tasks or []):
             raise ValueError(f"`active_task` must be one of the tasks {self.tasks}, got {self.active_task!r}.")
 
-    def _check_shared_layers(self) -> None:
-        if self.shared_layers is None:
-            return
-        indices = _as_list(self.shared_layers)
-        if not all(is_int(index, 0) for index in indices):
-            raise ValueError(f"`shared_layers` must be indices of layers, 0 or more, got {self.shared_layers!r}.")
-        self.shared_layers = sorted(set(indices)) or None
-        if self.layers_to_transform is None:
-            return
-        adapted = _as_list(self.layers_to_transform)
-        others = sorted(set(indices) - set(adapted))
-        if others:
-            raise ValueError(
-                f"`shared_layers` must be among the layers that are adapted, `layers_to_transform` {adapted}, but {others} are not."
-            )
-
-    def check_shared_layers_of(self, model: nn.Module) -> None:
-        """Raise ValueError unless all of `shared_layers` get an adapter in the model."""
-        if self.shared_layers is None:
-            return
-        every = self.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND
-        adapted = (
-            name
-            for name, module in model.named_modules()
-            if (every and isinstance(module, nn.Linear)) or check_target_module_exists(self, name)
-        )
-        found = {layer_index(name, self.layers_pattern) for name in adapted}
-        known = sorted(index for index in found if index is not None)
-        unknown = [index for index in _as_list(self.shared_layers) if index not in known]
-        if unknown:
-            raise ValueError(
-                f"`shared_layers` must be layers of the {type(model).__name__} that are adapted, but {unknown} are not: those are "
-                f"{known or 'in no list of layers'}."
-            )
-
     def shares(self, name: str) -> bool:
         """Whether all tasks share the update of the layer `name`."""
-        return layer_index(name, self.layers_pattern) in _as_list(self.shared_layers)
+        return is_shared(self, name)
 
     def task_sizes(self, name: str) -> tuple[int, int]:
         """The shape of U3 in the layer `name`: how many rows, and v."""
@@ -281,7 +244,7 @@ class TALoraConfig(TargetsConfig):
             "tasks": self.tasks,
             "enable_qkv": enabled,
             "scaling": self.scaling,
-            "shared_layers": self.shared_layers,
+            "shared_layers": sorted(as_indices(self.shared_layers)) or None,
         }
 
     def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
@@ -307,10 +270,3 @@ class TALoraConfig(TargetsConfig):
     def rank_out(self) -> int:
         """The rank q of U2."""
         return self.r if self.r_out is None else self.r_out
-
-
-def _as_list(indices: list[int] | int | None) -> list[int]:
-    """Indices of layers as PEFT takes them: one, several or none."""
-    if indices is None:
-        return []
-    return list(indices) if isinstance(indices, list | tuple | set | range) else [indices]

@@ -19,6 +19,7 @@ from ..tuner.model import PluginTuner
 from ..tuner.tensors import device_of
 from .config import TALoraConfig
 from .layer import TALoraLayer, TALoraLinear
+from .shared_layers import check_layers_of
 
 
 class TALoraModel(PluginTuner):
@@ -70,8 +71,8 @@ class TALoraModel(PluginTuner):
                 'instance TALoraConfig(tasks=["depth", "normals"]). Only an MSamForMultiTask brings its own.'
             )
         peft_config.check_active_task()
-        peft_config.check_shared_layers_of(model)
-        peft_config.warn_of_shared_starts()
+        if check_layers_of(peft_config, model):
+            peft_config.warn_of_shared_starts()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; then make the configuration's task the active one."""
@@ -106,7 +107,8 @@ class TALoraModel(PluginTuner):
         hide_task_ids(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT; with `safe_merge` all layers are checked before the first one is changed."""
+        """As in PEFT; all layers are asked before the first one is changed, with `safe_merge` for their numbers, too."""
+        self._tasks_once_merged(adapter_names)
         if safe_merge:
             self._check_merged_weights(adapter_names)
         super().merge_adapter(adapter_names, safe_merge=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,6 @@ from ..saving.directory import finish_pending
 from ..saving.seal import CONFIG_FILE, WEIGHTS_FILE, check_format, seal
 from ..saving.tensors import Shape, read_shapes
 from .checks import check_pattern
-
-
-def layer_index(name: str, pattern: str | Sequence[str] | None = None) -> int | None:
-    """The index of the layer that a module belongs to, as PEFT finds it for `layers_to_transform`; None outside of lists.
-
-    Args:
-        name: The module's full name.
-        pattern: The name of the layers' list, or several; any when None.
-    """
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern or ())
-    found = re.search(rf"(?:^|\.)(?:(?:{'|'.join(patterns)})\.)(\d+)\." if patterns else r"(?:^|\.)(\d+)\.", name)
-    return None if found is None else int(found[1])
 
 
 @dataclass

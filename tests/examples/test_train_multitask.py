@@ -73,6 +73,16 @@ class TestLayers:
         }
         assert rows == {"0": 1, "1": 2, "2": 2}
 
+    def test_shared_layers_of_a_persons_own(self, base, data_folder, tmp_path):
+        args = parse_args(["--base", base, "--rank", "2", "--config", "shared_layers=[0,2]"])
+        model = script.make_model(args, args.method, parse_tasks({"depth": {"kind": "depth"}}))
+        shared = [layer.is_shared["default"] for layer in model.modules() if isinstance(layer, TALoraLayer)]
+        assert shared == [True, False, True]
+        with pytest.raises(ValueError, match=r"\[7\] are not: those are \[0, 1, 2\]"):
+            script.main(["--base", base, "--dataset", data_folder, "--config", "shared_layers=[7]", "--baseline", "train",
+                         "--output-dir", str(tmp_path / "run")])  # fmt: skip
+        assert not (tmp_path / "run/baseline.json").exists()
+
     def test_another_choice_is_another_run(self, data_folder, tmp_path, base):
         def identity(*more):
             args = parse_args(["--base", base, "--dataset", data_folder, *more])
@@ -84,7 +94,7 @@ class TestLayers:
             plain
             != identity("--targets", "all")
             != identity("--layers", "last-half")
-            != identity("--layers", "shared-half")
+            != identity("--layers", "all")
             != plain
             != identity("--no-flip")
         )

@@ -148,6 +148,24 @@ class TestMerging:
         model.set_task("b")
         torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=0, atol=1e-12)
 
+    def test_a_refused_merge_changes_nothing(self):
+        model = two_linears()
+        other = TALoraConfig(tasks=NAMES, r=2, target_modules=["0.0", "1.0"], init_weights=False, shared_layers=[0])
+        model.add_adapter("other", other)
+        before = copy.deepcopy(model.state_dict())
+        with model.use_task(["a", "b"]), pytest.raises(ValueError, match="Only one task can be merged"):
+            model.merge_adapter()
+        assert not any(layer.merged for layer in layers_of(model))
+        model.set_task("b")
+        model.merge_adapter()
+        model.set_task("c")
+        with pytest.raises(ValueError, match="merged for the task 'b' already"):
+            model.merge_adapter(["default", "other"])
+        assert all(layer.merged_adapters == ["default"] for layer in layers_of(model))
+        model.unmerge_adapter()
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=1e-12)
+
     def test_where_all_layers_are_shared_no_task_is_merged(self):
         model, x = two_linears(shared_layers=range(2)), torch.randn(3, 6, dtype=torch.float64)
         expected = model(x)
@@ -226,6 +244,22 @@ class TestMSam:
             after = model.eval()(images()).logits
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
+    def test_no_new_task_where_nothing_would_be_its_own(self):
+        model = two_linears(shared_layers=[0, 1])
+        with pytest.raises(
+            ValueError, match=r"All layers of the adapter 'default' have one update .* 'd' would be the same"
+        ):
+            add_task(model, "d")
+        assert model.peft_config["default"].tasks == NAMES
+        msam = tuned_msam(shared_layers=[0, 1, 2])
+        add_task(msam, "edges", EDGES)
+        assert {
+            name.split(".edges")[0].rpartition(".")[2] for name, p in msam.named_parameters() if p.requires_grad
+        } == {
+            "mask_decoders",
+            "no_mask_embeds",
+        }
+
 
 class TestFiles:
     def test_round_trip(self, tmp_path):
@@ -299,9 +333,37 @@ class TestValidation:
         parts = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
         assert in_encoder == {f"layers.{index}.{part}" for index in (0, 2) for part in parts}
 
+    def test_layers_that_are_excluded(self):
+        for targets in ("all-linear", "All-Linear", ["qkv"]):
+            with pytest.raises(ValueError, match=r"but \[1\] are not: those are \[0, 2\]"):
+                tuned(
+                    make_sam(),
+                    target_modules=targets,
+                    exclude_modules=r"(.*layers\.1\.|mask_decoder|prompt_encoder|shared).*",
+                    shared_layers=[1],
+                )
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_start_that_no_layer_has_is_no_warning(self):
+        two_linears(init_weights="split", r_task=1, shared_layers=[0, 1])
+
+    def test_no_choice_of_layers(self):
+        assert TALoraConfig(layers_to_transform=[], shared_layers=[0]).shared_layers == [0]
+
+    def test_an_index_that_is_set_later(self):
+        config = TALoraConfig()
+        config.shared_layers = 0
+        assert config.settings()["shared_layers"] == [0] and config.shares("layers.0.attn.qkv")
+
     def test_the_indices_are_those_of_layers_to_transform(self):
-        for encoder in (make_sam().vision_encoder, make_sam()):
-            model = tuned(encoder.double(), layers_to_transform=[1, 2], shared_layers=[1])
+        wrapped = nn.Sequential(make_sam().vision_encoder, nn.Identity())
+        for encoder in (
+            make_sam().vision_encoder,
+            make_sam(),
+            wrapped,
+            nn.ModuleDict({"models": nn.ModuleList([make_sam().vision_encoder])}),
+        ):
+            model = tuned(encoder.double(), target_modules=["qkv"], layers_to_transform=[1, 2], shared_layers=[1])
             shared = {
                 name.split("layers.")[1][0]: m.is_shared["default"]
                 for name, m in model.named_modules()

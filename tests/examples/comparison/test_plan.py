@@ -135,6 +135,7 @@ class TestPlan:
 
     def test_fields_are_checked_before_any_run(self):
         check_fields([Entry.parse("talora:scaling=1"), Entry.parse("lora:use_dora=true"), Entry("decoder")])
+        check_fields([Entry.parse("talora:shared_layers=[0,1,2,3]")])
         with pytest.raises(ValueError, match=r"scalign=1: TALoraConfig has no such field.*did you mean scaling"):
             check_fields([Entry("talora"), Entry.parse("talora:scalign=1")])
         with pytest.raises(ValueError, match=r"`num_experts` must be .*got 0"):

@@ -136,6 +136,7 @@ def test_impossible_values(argv, message, refused):
             ["--method", "lora", "--layers", "shared-half"],
             "--layers shared-half is for --method talora: with lora all",
         ),
+        (["--layers", "all", "--config", "shared_layers=[0]"], "--layers and --config shared_layers say the same"),
         (["--init-from", "x", "--targets", "all"], "--targets cannot be chosen with --init-from"),
         (["--method", "decoder", "--lr", "0.1"], "--lr does not apply to --method decoder"),
         (["--patience", "3"], "--patience needs --keep-best"),
