@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
+from peft import LoraConfig, PeftConfig
 from torch import nn
 
 import peft_talora as pt
@@ -36,22 +38,26 @@ def tasks(args: argparse.Namespace) -> Iterator[Row]:
             model.train(what == "training step")
             row = Row(f"three tasks, {what}, {name}", "joint", "three passes", limit=LIMITS[what])
             yield measure(row, variants, args)
-        row = Row(f"TA-LoRA in all layers, training step, {name}", "first half shared", "none shared", limit=0.8)
-        ways = {"first half shared": list(range(size.layers // 2)), "none shared": None}
-        yield measure(row, {way: sharing(size, shared, images, labels, args) for way, shared in ways.items()}, args)
+        shared = pt.TALoraConfig(r=size.rank, shared_layers=list(range(size.layers // 2)))
+        others = {
+            "TA-LoRA, none shared": (pt.TALoraConfig(r=size.rank), 0.8),
+            "PEFT's LoRA": (LoraConfig(r=size.rank, target_modules=["qkv"]), None),
+        }
+        for other, (config, limit) in others.items():
+            ways = {"TA-LoRA, first half shared": shared, other: config}
+            row = Row(f"adapters in all layers, three tasks, training step, {name}", *ways, limit=limit)
+            steps = {way: step_of_all(size, adapter, images, labels, args) for way, adapter in ways.items()}
+            yield measure(row, steps, args)
 
 
-def sharing(
-    size: Size,
-    shared: list[int] | None,
-    images: torch.Tensor,
-    labels: dict[str, torch.Tensor],
-    args: argparse.Namespace,
+def step_of_all(
+    size: Size, config: PeftConfig, images: torch.Tensor, labels: dict[str, torch.Tensor], args: argparse.Namespace
 ) -> Callable[[], None]:
-    """A training step with these layers shared by the tasks."""
+    """A training step of an mSAM with an adapter, for all tasks; what is trained in full is the same with every adapter."""
     torch.manual_seed(0)
     msam = pt.MSamForMultiTask.from_sam(make_sam(size, args), TASKS, channel_mode="token")
-    model = adapt(msam, pt.TALoraConfig(r=size.rank, shared_layers=shared))
+    config = dataclasses.replace(config, modules_to_save=pt.default_modules_to_save(msam))
+    model = adapt(msam, config)
     return training_step(model, lambda: joint_loss(model, images, labels))
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from ..registration import add_peft_type
 from ..routing.names import validate_task_names
+from ..saving.settings import PEFT_PREFIX
 from ..saving.tensors import Shape, check_sizes
 from ..tuner.checks import check_number, check_positive_int, check_probability, is_int
 from ..tuner.config import TargetsConfig
-from ..tuner.layer_index import as_indices
+from ..tuner.layer_index import as_indices, layer_index
 from .init import COMMON_SHARE
-from .shared_layers import checked_indices, is_shared
+from .shared_layers import checked_indices
 
 # the names of projections that are no fused one
 SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -121,6 +122,13 @@ class TALoraConfig(TargetsConfig):
     ortho_reg_weight: float = field(
         default=0.0, metadata={"help": "Weight of the orthogonality regulariser; 0 switches it off."}
     )
+    active_task: str | None = field(
+        default=None,
+        metadata={"help": "The task that is active when the adapter is made or loaded; the first when None."},
+    )
+    added_tasks: int = field(
+        default=0, metadata={"help": "How many of the last tasks came later; filled by add_task."}
+    )
     shared_layers: list[int] | int | None = field(
         default=None,
         metadata={
@@ -129,13 +137,6 @@ class TALoraConfig(TargetsConfig):
                 "for all tasks of an image."
             )
         },
-    )
-    active_task: str | None = field(
-        default=None,
-        metadata={"help": "The task that is active when the adapter is made or loaded; the first when None."},
-    )
-    added_tasks: int = field(
-        default=0, metadata={"help": "How many of the last tasks came later; filled by add_task."}
     )
 
     def __post_init__(self) -> None:
@@ -158,7 +159,7 @@ class TALoraConfig(TargetsConfig):
         if not isinstance(self.init_weights, bool | str) or self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"`init_weights` must be one of {INIT_WEIGHTS}, got {self.init_weights!r}.")
         self._check_enable_qkv()
-        self.shared_layers = checked_indices(self)
+        self.shared_layers = checked_indices(self.shared_layers, self.layers_to_transform)
 
     def check_active_task(self) -> None:
         """Raise ValueError unless `active_task` is one of `tasks`."""
@@ -166,8 +167,10 @@ class TALoraConfig(TargetsConfig):
             raise ValueError(f"`active_task` must be one of the tasks {self.tasks}, got {self.active_task!r}.")
 
     def shares(self, name: str) -> bool:
-        """Whether all tasks share the update of the layer `name`."""
-        return is_shared(self, name)
+        """Whether all tasks share the update of a layer, by its name in a model or in a file."""
+        if self.shared_layers is None:
+            return False
+        return layer_index(name.removeprefix(PEFT_PREFIX), self.layers_pattern) in as_indices(self.shared_layers)
 
     def task_sizes(self, name: str) -> tuple[int, int]:
         """The shape of U3 in the layer `name`: how many rows, and v."""

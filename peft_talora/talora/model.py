@@ -15,11 +15,12 @@ from ..routing.mixed_batch import check_adapter_names, route_adapters, saved_mod
 from ..routing.requests import TaskRequest, task_index
 from ..routing.router import TaskRouter, find_routers, set_task, use_task
 from ..routing.signature import hide_task_ids, show_task_ids
+from ..tuner.layer_index import as_indices
 from ..tuner.model import PluginTuner
 from ..tuner.tensors import device_of
 from .config import TALoraConfig
 from .layer import TALoraLayer, TALoraLinear
-from .shared_layers import check_layers_of
+from .shared_layers import any_tells_tasks_apart
 
 
 class TALoraModel(PluginTuner):
@@ -71,7 +72,8 @@ class TALoraModel(PluginTuner):
                 'instance TALoraConfig(tasks=["depth", "normals"]). Only an MSamForMultiTask brings its own.'
             )
         peft_config.check_active_task()
-        if check_layers_of(peft_config, model):
+        shared = as_indices(peft_config.shared_layers)
+        if not shared or any_tells_tasks_apart(peft_config, shared, model):
             peft_config.warn_of_shared_starts()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
