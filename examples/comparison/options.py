@@ -15,7 +15,7 @@ from .methods import BASELINE, METHODS, ROWS, Entry
 SCRIPT = "compare.py"
 FEW_IMAGES = (16, 64, 256)
 # where few labels are compared: those between which somebody with few labels would choose
-FEW_METHODS = ("lora", "lora_per_task", "talora")
+FEW_METHODS = ("lora", "lora_per_task", "talora", "talora_unshared")
 # five seeds for the table, three for what goes beyond it
 SEEDS, FEW_SEEDS = 5, 3
 # of rendered scenes; of any other dataset all that it has
