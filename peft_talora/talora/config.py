@@ -254,15 +254,18 @@ class TALoraConfig(TargetsConfig):
         """See [`TargetsConfig`]."""
         shared = {name: shape for name, shape in shapes.items() if self.shares(name)}
         own = {name: shape for name, shape in shapes.items() if name not in shared}
-        ranks = (self.rank_in, self.rank_out)
-        if any(name.endswith(".talora_G") for name in shared):
-            check_sizes("r_in, r_out and 1, of shared_layers", (*ranks, 1), shared, "talora_G")
-            check_sizes("shared_layers", (1, 1), shared, "talora_U3")
-            if not any(name.endswith(".talora_G") for name in own):
-                return
-        check_sizes("r_in, r_out and r_task", (*ranks, self.r_task), own, "talora_G")
+        shares_any, owns_any = (any(name.endswith(".talora_G") for name in group) for group in (shared, own))
+        if shares_any:
+            self._check_sizes("one slice and one row in shared_layers", (1, 1), shared)
+        if owns_any or not shares_any:
+            self._check_sizes("the number of tasks and r_task", (len(self.tasks or []), self.r_task), own)
+
+    def _check_sizes(self, what: str, task_sizes: tuple[int, int], shapes: Mapping[str, Shape]) -> None:
+        """Compare the sizes of some layers' G and U3 with this configuration; see [`check_sizes`]."""
+        rows, v = task_sizes
+        check_sizes(f"r_in, r_out and {what}", (self.rank_in, self.rank_out, v), shapes, "talora_G")
         if self.tasks is not None:
-            check_sizes("the number of tasks and r_task", (len(self.tasks), self.r_task), own, "talora_U3")
+            check_sizes(what, (rows, v), shapes, "talora_U3")
 
     @property
     def rank_in(self) -> int:
