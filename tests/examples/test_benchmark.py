@@ -137,7 +137,7 @@ class TestGroups:
     def test_bfloat16(self, benchmark, tmp_path):
         groups = ("talora", "tasks", "decoder", "attention")
         rows = run(benchmark, tmp_path, "--dtype", "bfloat16", "--only", *groups)["rows"]
-        assert len(rows) == 4 + 3 + 2 + 4
+        assert len(rows) == 4 + 5 + 2 + 4
 
     @pytest.mark.slow
     def test_step(self, benchmark, tmp_path, capsys, monkeypatch):
