@@ -40,7 +40,7 @@ def tasks(args: argparse.Namespace) -> Iterator[Row]:
             yield measure(row, variants, args)
         shared = pt.TALoraConfig(r=size.rank, shared_layers=list(range(size.layers // 2)))
         others = {
-            "TA-LoRA, none shared": (pt.TALoraConfig(r=size.rank), 0.8),
+            "TA-LoRA, none shared": (pt.TALoraConfig(r=size.rank), 0.85),
             "PEFT's LoRA": (LoraConfig(r=size.rank, target_modules=["qkv"]), None),
         }
         for other, (config, limit) in others.items():
