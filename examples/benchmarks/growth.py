@@ -17,7 +17,7 @@ import peft_talora as pt
 from .attention import attending
 from .decoder import decoding
 from .measuring import clocked, needs_more, peak_memory
-from .models import SIZES, Size, adapt, label_maps, make_sam, pixels
+from .models import SIZES, Size, adapted_msam, label_maps, pixels
 
 # what is on the x axis of each panel, and where it is measured
 AXES = {
@@ -77,9 +77,7 @@ def by_tasks(size: Size, number: int, args: argparse.Namespace) -> dict[str, Cal
     ways = {"all layers task-aware": None, "the last half": list(range(size.layers // 2, size.layers))}
     calls = {}
     for way, layers in ways.items():
-        torch.manual_seed(0)
-        msam = pt.MSamForMultiTask.from_sam(make_sam(size, args), tasks, channel_mode="token")
-        model = adapt(msam, pt.TALoraConfig(r=size.rank, layers_to_transform=layers))
+        model = adapted_msam(size, tasks, pt.TALoraConfig(r=size.rank, layers_to_transform=layers), args)
         calls[way] = lambda model=model: backward_of_loss(model, images, labels)
     return calls
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import SamConfig, SamModel
 
@@ -115,6 +115,15 @@ def label_maps(tasks: Mapping[str, pt.TaskSpec], count: int, size: int, device: 
 def adapt(model: nn.Module, config: Any) -> nn.Module:
     """The model with an adapter in the model's own precision, for training."""
     return get_peft_model(model, config, autocast_adapter_dtype=False).train()
+
+
+def adapted_msam(
+    size: Size, tasks: Mapping[str, pt.TaskSpec], config: PeftConfig, args: argparse.Namespace
+) -> nn.Module:
+    """An mSAM in token mode with an adapter, for training; what is trained in full is the same with every adapter."""
+    torch.manual_seed(0)
+    msam = pt.MSamForMultiTask.from_sam(make_sam(size, args), tasks, channel_mode="token")
+    return adapt(msam, replace(config, modules_to_save=pt.default_modules_to_save(msam)))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from torch import nn
 
 import peft_talora as pt
 
 from .measuring import Row, assert_equal, measure
-from .models import SIZES, TASKS, Size, adapt, label_maps, make_sam, pixels, trained, training_step
+from .models import SIZES, TASKS, Size, adapted_msam, label_maps, pixels, trained, training_step
 
 LIMITS = {"encoder": 0.72, "inference": 0.75, "training step": 0.75}
 
@@ -28,7 +28,6 @@ def tasks(args: argparse.Namespace) -> Iterator[Row]:
     """
     for name in args.sizes:
         size = SIZES[name]
-        torch.manual_seed(0)
         model, images = half_adapted(size, args), pixels(size.images, size.image_size, args)
         labels = label_maps(TASKS, size.images, size.image_size, args.device)
         # rounding makes gradients in float32 differ by more than 1e-5; on a GPU doubles take too much memory
@@ -46,25 +45,16 @@ def tasks(args: argparse.Namespace) -> Iterator[Row]:
         for other, (config, limit) in others.items():
             ways = {"TA-LoRA, first half shared": shared, other: config}
             row = Row(f"adapters in all layers, three tasks, training step, {name}", *ways, limit=limit)
-            steps = {way: step_of_all(size, adapter, images, labels, args) for way, adapter in ways.items()}
+            models = {way: adapted_msam(size, TASKS, adapter, args) for way, adapter in ways.items()}
+            steps = {
+                way: training_step(model, partial(joint_loss, model, images, labels)) for way, model in models.items()
+            }
             yield measure(row, steps, args)
 
 
-def step_of_all(
-    size: Size, config: PeftConfig, images: torch.Tensor, labels: dict[str, torch.Tensor], args: argparse.Namespace
-) -> Callable[[], None]:
-    """A training step of an mSAM with an adapter, for all tasks; what is trained in full is the same with every adapter."""
-    torch.manual_seed(0)
-    msam = pt.MSamForMultiTask.from_sam(make_sam(size, args), TASKS, channel_mode="token")
-    config = dataclasses.replace(config, modules_to_save=pt.default_modules_to_save(msam))
-    model = adapt(msam, config)
-    return training_step(model, lambda: joint_loss(model, images, labels))
-
-
 def half_adapted(size: Size, args: argparse.Namespace) -> nn.Module:
-    msam = pt.MSamForMultiTask.from_sam(make_sam(size, args), TASKS, channel_mode="token")
     last_half = list(range(size.layers // 2, size.layers))
-    model = adapt(msam, pt.TALoraConfig(r=size.rank, layers_to_transform=last_half))
+    model = adapted_msam(size, TASKS, pt.TALoraConfig(r=size.rank, layers_to_transform=last_half), args)
     for module in model.modules():
         if isinstance(module, pt.TALoraLinear):  # as after some steps: at the start the tasks do not differ
             nn.init.normal_(module.talora_U2["default"], std=0.02)

@@ -62,7 +62,7 @@ class TALoraConfig(TargetsConfig):
         shared_layers (`list[int]` or `int`, *optional*):
             The indices of layers whose update is the same for all tasks: one LoRA (of rank min(p, q)) in the place of the tensor, with
             r_task 1 and one row of U3. An mSAM runs what comes before the first layer that tells tasks apart once for
-            all tasks of an image, so that with the first half of the layers here a forward of three tasks costs two thirds. Indices are those of
+            all tasks of an image, so that with the first half of the layers here three tasks cost two encoder passes instead of three. Indices are those of
             `layers_to_transform`, and like these they mean a decoder's layers, too, where such are adapted.
         active_task (`str`, *optional*):
             The task that is active when the adapter is made or loaded; the first one when None. An adapter is saved with
@@ -247,7 +247,7 @@ class TALoraConfig(TargetsConfig):
             "tasks": self.tasks,
             "enable_qkv": enabled,
             "scaling": self.scaling,
-            "shared_layers": sorted(as_indices(self.shared_layers)) or None,
+            "shared_layers": checked_indices(self.shared_layers, None),
         }
 
     def check_shapes(self, shapes: Mapping[str, Shape]) -> None:

@@ -53,8 +53,9 @@ class TALoraLayer(MergingLayer):
     @property
     def is_task_aware(self) -> bool:
         """Whether the output depends on the task that the forward is for."""
-        active = [name for name in self.active_adapters if name in self.talora_G and not self.is_shared[name]]
-        return bool(active) and not self.disable_adapters and self.own_task is None
+        if self.disable_adapters or self.own_task is not None:
+            return False
+        return any(name in self.talora_G and not self.is_shared[name] for name in self.active_adapters)
 
     def update_layer(self, adapter_name: str, config: TALoraConfig, name: str = "") -> None:
         """Add the factors of the adapter `adapter_name`.

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from small_growth import EDGES, edge_labels
+from small_growth import EDGES, edge_labels, layers_of
 from small_models import MAKERS, assert_same, differ, images, label_maps, make_sam, move_saved_modules, side_of
-from small_talora import factors_of, gradients
+from small_talora import factors_of, gradients, reference_delta
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,14 +52,9 @@ def tuned_msam(sam=None, **config):
     return move_saved_modules(tuned(msam, tasks=None, **config)).eval()
 
 
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, TALoraLayer)]
-
-
 def update(layer, task):
     """dW_t entry by entry; the row of U3 is the one that there is in a shared layer."""
-    G, U1, U2, U3 = factors_of(layer)
-    return torch.einsum("abc,ia,ob,c->oi", G, U1, U2, U3[task if len(U3) > 1 else 0]) * layer.scaling["default"]
+    return reference_delta(layer, task if len(layer.talora_U3["default"]) > 1 else 0)
 
 
 class TestLayer:
