@@ -72,9 +72,8 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> tupl
     add("--no-tuning", action="store_true", help="take the methods' default learning rates")
     add("--jobs", type=count, default=1, help="runs at once (default: %(default)s)")
     add("--num-threads", type=count, help="CPU threads of a run (default: the training script's)")
-    add(
-        "--output-dir", type=Path, default=Path("runs/comparison"), help="where everything goes (default: %(default)s)"
-    )
+    add("--output-dir", type=Path, help="where everything goes (default: runs/comparison/ and the name of the dataset, of "
+        "scenes that of the camera)")  # fmt: skip
     add("--report", action="store_true", help="run nothing: tables and plot of what is finished")
     args, common = parser.parse_known_args(argv)
     if Entry(BASELINE) not in args.methods:
@@ -86,9 +85,17 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> tupl
     if len(set(args.rate_seeds)) < 2 and not args.no_tuning:
         parser.error("--rate-seeds: one seed says nothing of the noise, give at least two, or --no-tuning")
     args.training = check_common(common)
+    args.output_dir = args.output_dir or Path("runs/comparison", name_of_data(args.training))
     if args.noise is not None and args.noise == (args.num_threads or default_threads()):
         parser.error(f"--noise {args.noise} is the number of threads that all runs have: give another one")
     return args, common
+
+
+def name_of_data(training: argparse.Namespace) -> str:
+    """A folder's name for a dataset: "nuclei" for folder:data/nuclei, "coco" for coco:labels/coco.json, the camera's for scenes."""
+    if training.dataset == "scenes":
+        return training.camera
+    return Path(training.dataset.rpartition(":")[2]).absolute().stem
 
 
 def default_threads() -> int:

@@ -292,8 +292,8 @@ class TALoraLinear(nn.Module, TALoraLayer):
         return (U2 @ (U1 @ core).T).to(dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT may convert the adapter: one LoRA holds one task. `task_to_lora` converts any task exactly."""
-        return len(self.task_router.tasks.get(adapter_name, ())) == 1
+        """Whether PEFT may convert the adapter: one LoRA holds one update. `task_to_lora` converts any task exactly."""
+        return self.is_shared.get(adapter_name, False) or len(self.task_router.tasks.get(adapter_name, ())) == 1
 
     def __repr__(self) -> str:
         return "talora." + super().__repr__()

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, convert_to_lora, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from small_growth import EDGES, edge_labels, layers_of
 from small_models import MAKERS, assert_same, differ, images, label_maps, make_sam, move_saved_modules, side_of
 from small_talora import factors_of, gradients, reference_delta
@@ -186,6 +186,18 @@ class TestMerging:
             plain = get_peft_model(make_sam().double(), config, autocast_adapter_dtype=False).eval()
             set_peft_model_state_dict(plain, state)
             torch.testing.assert_close(plain.vision_encoder(images()).last_hidden_state, expected, rtol=0, atol=1e-10)
+
+    def test_peft_converts_what_has_one_update(self):
+        model, x = two_linears(shared_layers=[0, 1]), torch.randn(3, 6, dtype=torch.float64)
+        config, state = convert_to_lora(model, rank=3)
+        plain = get_peft_model(copy.deepcopy(model).unload(), config, autocast_adapter_dtype=False)
+        set_peft_model_state_dict(plain, state)
+        with plain.disable_adapter():
+            assert differ(plain(x), model(x))
+        # its singular values are float32
+        torch.testing.assert_close(plain(x), model(x), rtol=0, atol=1e-6)
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            convert_to_lora(two_linears(), rank=3)
 
 
 class TestMSam:

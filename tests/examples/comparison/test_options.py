@@ -1,5 +1,7 @@
 """The options of a comparison: what they mean, and what is told before a run."""
 
+from pathlib import Path
+
 import pytest
 from comparison.options import parse_args
 
@@ -21,6 +23,21 @@ def test_seeds():
     args, _ = parse_args([])
     assert (args.seeds, args.few_seeds, args.rate_seeds) == ([0, 1, 2, 3, 4], [0, 1, 2], [0, 1])
     assert parse_args(["--seeds", "7"])[0].rate_seeds == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], "runs/comparison/ultrasound"),
+        (["--camera", "thermal"], "runs/comparison/thermal"),
+        (["--dataset", "folder:data/nuclei/"], "runs/comparison/nuclei"),
+        (["--dataset", "coco:labels/leaves.json"], "runs/comparison/leaves"),
+        (["--dataset", "tanganke/nyuv2"], "runs/comparison/nyuv2"),
+        (["--output-dir", "here"], "here"),
+    ],
+)
+def test_every_dataset_has_a_folder_of_its_own(arguments, folder):
+    assert parse_args(arguments)[0].output_dir == Path(folder)
 
 
 @pytest.mark.parametrize(
