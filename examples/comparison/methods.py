@@ -39,12 +39,6 @@ class Method:
     published_rank: bool = False
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """Options of the training script that say what the method is."""
-        where = ("--targets", self.targets, "--layers", self.layers) if self.method in RANK else ()
-        return ("--method", self.method, *where)
-
-    @property
     def rates(self) -> list[float]:
         """The learning rates that are tried."""
         default = DEFAULTS.decoder_lr if self.method == "decoder" else ADAPTER_LR[self.method]
@@ -104,9 +98,12 @@ class Entry:
             )
         if METHODS[name].method not in RANK and (rank or parts):
             raise argparse.ArgumentTypeError(f"{text!r}: {name} has no adapter, and so no rank and no fields")
-        twice = repeated(config_field(part)[0] for part in parts)
+        names = [config_field(part)[0] for part in parts]
+        twice = repeated(names)
         if twice is not None:
             raise argparse.ArgumentTypeError(f"{text!r}: {twice} is there twice")
+        if "shared_layers" in names and METHODS[name].layers == "last-half":
+            raise argparse.ArgumentTypeError(f"{text!r}: {name} says itself which layers have an update, take talora")
         return cls(name, rank, tuple(parts))
 
     @property
@@ -117,6 +114,16 @@ class Entry:
     def config(self) -> dict[str, Any]:
         """{field: value} of its own fields."""
         return dict(map(config_field, self.fields))
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options of the training script that say what the method is, without its rank and fields."""
+        method = self.method
+        if method.method not in RANK:
+            return ("--method", method.method)
+        # a field that names the shared layers says what --layers does
+        layers = () if "shared_layers" in self.config else ("--layers", method.layers)
+        return ("--method", method.method, "--targets", method.targets, *layers)
 
     @property
     def line(self) -> Entry:

@@ -81,7 +81,7 @@ class Plan:
         """
         entry, amount, threads = cell.entry, cell.amount, cell.threads
         own_rate = rates[str(entry.line)]
-        options = [*entry.method.options, "--seed", str(cell.seed), "--num-train", str(amount.images),
+        options = [*entry.options, "--seed", str(cell.seed), "--num-train", str(amount.images),
                    "--evaluate-on", cell.split, *self.common]  # fmt: skip
         decoder_rate = rates.get(BASELINE, DEFAULTS.decoder_lr)
         named = {"--decoder-lr": decoder_rate} | dict.fromkeys(entry.method.rate_options, own_rate)

@@ -43,7 +43,7 @@ def test_every_dataset_has_a_folder_of_its_own(arguments, folder):
 @pytest.mark.parametrize(
     "text",
     ["magic", "talora:0", "talora:x", "talora:", "talora:8:", "talora:r=8", "talora:scaling=1:8", "talora:a=b/c", "full:8",
-     "decoder:scaling=1", "magic:scaling=1", "talora:scaling=1:scaling=2"],
+     "decoder:scaling=1", "magic:scaling=1", "talora:scaling=1:scaling=2", "talora_last_half:shared_layers=[0]"],
 )  # fmt: skip
 def test_impossible_methods(text, capsys):
     with pytest.raises(SystemExit):

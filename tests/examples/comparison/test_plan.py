@@ -133,6 +133,16 @@ class TestPlan:
             given = training.options.parse_args(one_run.make_parser().parse_known_args(job.arguments)[1])
             assert given.config == config
 
+    @pytest.mark.parametrize(
+        ("row", "targets"), [("talora", "qkv"), ("talora_unshared", "qkv"), ("talora_all", "all")]
+    )
+    def test_a_row_can_say_which_layers_are_shared(self, tmp_path, row, targets):
+        entry = Entry.parse(f"{row}:shared_layers=[0,1,2,3]")
+        plan = Plan(tmp_path, TASKS, {}, (), 7)
+        (job,) = plan.jobs(Cell(entry, Amount(8), 0), {str(entry.line): 0.1}).values()
+        given = training.options.parse_args(one_run.make_parser().parse_known_args(job.arguments)[1])
+        assert given.config["shared_layers"] == [0, 1, 2, 3] and given.targets == targets
+
     def test_fields_are_checked_before_any_run(self):
         check_fields([Entry.parse("talora:scaling=1"), Entry.parse("lora:use_dora=true"), Entry("decoder")])
         check_fields([Entry.parse("talora:shared_layers=[0,1,2,3]")])
