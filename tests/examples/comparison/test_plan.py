@@ -16,6 +16,11 @@ def option(job, name):
     return job.arguments[job.arguments.index(name) + 1]
 
 
+def given_to(job):
+    """What the training script makes of a run's arguments."""
+    return training.options.parse_args(one_run.make_parser().parse_known_args(job.arguments)[1])
+
+
 class TestPlan:
     plan = Plan("out", TASKS, {"talora": 4})
 
@@ -110,7 +115,7 @@ class TestPlan:
         entry = Entry.parse("talora:8:init_weights=lora:scaling=1")
         plan = Plan(tmp_path, TASKS, {"talora": 4}, ("--steps", "7"), 7)
         (job,) = plan.jobs(Cell(entry, Amount(8), 0), {str(entry.line): 0.1}).values()
-        given = training.options.parse_args(one_run.make_parser().parse_known_args(job.arguments)[1])
+        given = given_to(job)
         assert given.config == {"init_weights": "lora", "scaling": 1} and given.rank == 8
         assert job.folder.parts[-3:-1] == ("talora-8-init_weights=lora-scaling=1", "rate-0.1")
         assert entry.label == "TA-LoRA, r=8, init_weights=lora, scaling=1"
@@ -130,7 +135,7 @@ class TestPlan:
         entry = Entry.parse(row)
         plan = Plan(tmp_path, TASKS, {}, (), 7)
         for job in plan.jobs(Cell(entry, Amount(8), 0), {str(entry.line): 0.1}).values():
-            given = training.options.parse_args(one_run.make_parser().parse_known_args(job.arguments)[1])
+            given = given_to(job)
             assert given.config == config
 
     @pytest.mark.parametrize(
@@ -140,7 +145,7 @@ class TestPlan:
         entry = Entry.parse(f"{row}:shared_layers=[0,1,2,3]")
         plan = Plan(tmp_path, TASKS, {}, (), 7)
         (job,) = plan.jobs(Cell(entry, Amount(8), 0), {str(entry.line): 0.1}).values()
-        given = training.options.parse_args(one_run.make_parser().parse_known_args(job.arguments)[1])
+        given = given_to(job)
         assert given.config["shared_layers"] == [0, 1, 2, 3] and given.targets == targets
 
     def test_fields_are_checked_before_any_run(self):
