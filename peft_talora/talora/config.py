@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,8 @@ class TALoraConfig(TargetsConfig):
             "split" starts as a LoRA of its own for every task: the ranks are dealt out to the tasks in turn, so that at
             first no task's gradient disturbs another's, and what tasks have in common is learnt from there. "lora"
             starts as one LoRA that all tasks share, M_t = I, with a slice of G for each task that is zero at first, so that
-            what is a task's own is learnt from there. "half" has half of the ranks for all tasks and deals out the others.
-            In all three U1 is drawn as LoRA's A, and U2 is zero in the
+            what is a task's own is learnt from there. "half" has half of the ranks for all tasks, or
+            fewer, down to one, so that each task is dealt one of the others, which takes an r above their number. In all three U1 is drawn as LoRA's A, and U2 is zero in the
             place of LoRA's B, so that LoRA's learning rates fit. In the other starts G is zero: `True` is the published
             one (U1, U2, U3 ~ N(0, 1)), which needs learning rates some hundred times smaller; "orthogonal" has U1 and
             U2 with orthonormal columns; "normalized" scales U1, U2 and U3 so that the same optimiser step moves the
@@ -113,7 +113,7 @@ class TALoraConfig(TargetsConfig):
         metadata={
             "help": (
                 "'split': as a LoRA for each task, of its share of the ranks. 'lora': as one LoRA shared by all tasks. 'half': "
-                "half of the ranks shared, the others dealt out. "
+                "half of the ranks shared, or fewer, so that each task is dealt one of the others. "
                 "True: the published start. 'orthogonal': U1 and U2 with orthonormal columns. 'normalized': factors "
                 "scaled so that a step moves the weight as much as in LoRA. False: nothing zero, for tests."
             )
@@ -184,25 +184,33 @@ class TALoraConfig(TargetsConfig):
             )
 
     def warn_of_shared_starts(self) -> None:
-        """Warn where tasks that were to start with a slice of G of their own share one."""
+        """Warn where tasks that were to start with a slice of G and ranks of their own share these, or have none."""
         tasks = self.tasks or []
         if self.settings_on_file or len(tasks) < 2:
             return
-        shares = min(self.r_task, self.rank_in, self.rank_out)
-        if self.init_weights == "split" and shares < len(tasks):
-            warnings.warn(
-                f"With init_weights='split' the {len(tasks)} tasks share {shares} LoRAs at the start, so that "
-                f"'{tasks[0]}' and '{tasks[shares]}' start alike: set r_task (now {self.r_task}) and r to at least "
-                f"{len(tasks)} in TALoraConfig.",
-                stacklevel=2,
+        for problem in self._shared_starts(tasks):
+            warnings.warn(f"With init_weights={self.init_weights!r} {problem} in TALoraConfig.", stacklevel=2)
+
+    def _shared_starts(self, tasks: list[str]) -> Iterator[str]:
+        """What tasks share that each was to have, and what cures it."""
+        ranks, number = min(self.rank_in, self.rank_out), len(tasks)
+        shares = min(self.r_task, ranks)
+        if self.init_weights == "split" and shares < number:
+            yield (
+                f"the {number} tasks share {shares} LoRAs at the start, so that '{tasks[0]}' and '{tasks[shares]}' start alike: "
+                f"set r_task (now {self.r_task}) and r to at least {number}"
             )
-        if self.init_weights in ("half", "lora") and self.r_task <= len(tasks):
-            warnings.warn(
-                f"With init_weights={self.init_weights!r} one slice of G is for all of the {len(tasks)} tasks and each is to have one "
-                f"of its own, but for these {self.r_task - 1} are left: set r_task (now {self.r_task}) to at least {len(tasks) + 1} in "
-                "TALoraConfig.",
-                stacklevel=2,
-            )
+        one_each = []
+        if self.init_weights in ("half", "lora"):
+            one_each.append(("slice of G", self.r_task, f"r_task (now {self.r_task})"))
+        if self.init_weights == "half":
+            one_each.append(("rank", ranks, f"r, or r_in and r_out (now {self.rank_in} and {self.rank_out}),"))
+        for what, have, cure in one_each:
+            if have <= number:
+                yield (
+                    f"one {what} is for all of the {number} tasks and each is to have one of its own, but for these {have - 1} are left: "
+                    f"set {cure} to at least {number + 1}"
+                )
 
     def num_enabled_outputs(self, out_features: int, name: str) -> int:
         """How many outputs of the layer `name` are updated: all of its `out_features`, or the thirds of `enable_qkv`.

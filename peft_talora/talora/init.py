@@ -11,6 +11,15 @@ from torch import nn
 COMMON_SHARE = {"split": 0.0, "half": 0.5, "lora": 1.0}
 
 
+def common_ranks(init_weights: str, ranks: int, owners: int) -> int:
+    """How many of the ranks belong to all tasks in a start as LoRAs; the others are dealt out to `owners`.
+
+    "half" keeps no more than leave one for each of them, and one in any case.
+    """
+    common = math.ceil(COMMON_SHARE[init_weights] * ranks)
+    return min(common, max(1, ranks - owners)) if init_weights == "half" else common
+
+
 def fill_factors(
     G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor, init_weights: bool | str
 ) -> None:
@@ -20,7 +29,8 @@ def fill_factors(
         for factor in (U1, U2, U3):
             nn.init.normal_(factor)
     elif init_weights in COMMON_SHARE:
-        _shares(G, U1, U2, U3, COMMON_SHARE[str(init_weights)])
+        owners = min(len(U3), G.shape[2] - 1)
+        _shares(G, U1, U2, U3, common_ranks(str(init_weights), min(G.shape[:2]), owners))
     elif init_weights == "orthogonal":
         nn.init.orthogonal_(U1)
         nn.init.orthogonal_(U2)
@@ -44,7 +54,7 @@ def _normalized(U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
     nn.init.normal_(U3, std=math.sqrt(math.pi / 2.0) / v)
 
 
-def _shares(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor, common_share: float) -> None:
+def _shares(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor, common: int) -> None:
     """Start as LoRAs: M_t = diag(rank a belongs to task t), A = U1^T with LoRA's own start, and B = s U2 zero.
 
     The first ranks belong to all tasks: a slice that every task sees has them. The others are dealt out to the tasks in turn, into
@@ -52,11 +62,10 @@ def _shares(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tenso
     none is common, several tasks share one. Slices that are left over start at zero and belong to all tasks.
 
     Args:
-        common_share: How many of the ranks belong to all tasks, from 0 to 1.
+        common: How many of the ranks belong to all tasks.
     """
     _lora_factors(U1, U2)
     ranks = torch.arange(min(G.shape[:2]))
-    common = math.ceil(common_share * len(ranks))
     if common and G.shape[2] == 1:
         # there is no slice to deal out
         common = len(ranks)

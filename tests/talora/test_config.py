@@ -117,6 +117,29 @@ class TestValidation:
             adapter(**config)
         assert not [warning for warning in recwarn if "r_task" in str(warning.message)]
 
+    @pytest.mark.parametrize(
+        ("tasks", "ranks", "without"),
+        [("abcde", {"r": 5}, "e"), ("abcde", {"r": 3}, "c"), ("abc", {"r_in": 3, "r_out": 9}, "c"), ("ab", {"r": 1}, "a")],
+    )  # fmt: skip
+    def test_tasks_without_a_rank_of_their_own_are_a_warning(self, tasks, ranks, without, recwarn):
+        def own_ranks(**config):
+            """How many ranks each task has at the start beside those of all tasks."""
+            more = {"r_task": len(tasks) + 1, "init_weights": "half", "tasks": list(tasks), "target_modules": ["0"]}
+            layer = tuned(nn.Sequential(nn.Linear(16, 16)), **more, **config).base_model.model[0]
+            of_tasks = (
+                layer.talora_U3["default"][:, : len(tasks)] @ layer.talora_G["default"].sum((0, 1))[: len(tasks)]
+            )
+            return dict(zip(tasks, of_tasks.tolist(), strict=True))
+
+        left = tasks.index(without)
+        words = rf"one rank is for all of the {len(tasks)} tasks .*these {left} are left: set r, .*now \d and \d.*at least {len(tasks) + 1} in"
+        with pytest.warns(UserWarning, match=words):
+            found = own_ranks(**ranks)
+        assert [task for task in tasks if not found[task]] == list(tasks[left:])
+        recwarn.clear()
+        assert set(own_ranks(r=len(tasks) + 1).values()) == {1.0}
+        assert not [warning for warning in recwarn if "is for all of" in str(warning.message)]
+
     def test_a_saved_adapter_starts_nowhere_and_warns_of_nothing(self, tmp_path, recwarn):
         def base():
             return nn.Sequential(nn.Linear(6, 6))

@@ -84,7 +84,18 @@ class TestInit:
 
     @pytest.mark.parametrize(
         ("tasks", "ranks", "slices", "common", "own"),
-        [(3, 5, 4, 3, 3), (3, 6, 1, 6, 0), (5, 6, 3, 3, 2), (2, 32, 4, 16, 2), (1, 4, 4, 2, 1), (2, 1, 4, 1, 2)],
+        [
+            (3, 5, 4, 2, 3),
+            (3, 6, 1, 6, 0),
+            (5, 6, 3, 3, 2),
+            (5, 6, 6, 1, 5),
+            (6, 8, 7, 2, 6),
+            (5, 4, 6, 1, 5),
+            (8, 8, 9, 1, 8),
+            (2, 32, 4, 16, 2),
+            (1, 4, 4, 2, 1),
+            (2, 1, 4, 1, 2),
+        ],
     )
     def test_half_start_of_any_shape(self, tasks, ranks, slices, common, own):
         names = [f"t{index}" for index in range(tasks)]
@@ -99,6 +110,8 @@ class TestInit:
         assert len(factors_of(layer)[3].unique(dim=0)) == max(own, 1)
         if own:
             assert (diagonals[:own, common:].sum(dim=0) == 1).all()
+            # and a rank of its own, if one is left for all
+            assert ranks <= own or diagonals[:own, common:].any(dim=1).all()
 
     def test_split_start_deals_the_ranks_out_to_the_tasks(self):
         model, layer = tuned_linear(in_features=40, init_weights="split", r_in=8, r_out=7, r_task=4)
