@@ -1,6 +1,6 @@
 """Compare the methods at equal steps, each with its own learning rate, over several seeds.
 
-    python examples/compare.py                # the table: six methods, five seeds; hours on a CPU
+    python examples/compare.py                # the table: seven methods, five seeds; hours on a CPU
     python examples/compare.py --few-labels   # the same for 16, 64 and 256 images and for images labelled for one task each
     python examples/compare.py --report       # tables and plot of what is finished, without a run
 
@@ -8,8 +8,8 @@ Every number comes from a run of train_multitask.py with its own folder in OUTPU
 again, and what was interrupted is resumed, so that the same command, or one that asks for more, can be given any time.
 Three learning rates of a method, and of one with fields of its own, are tried on the validation split with two seeds: its default times 0.4, 1 and 2.5. The
 default is taken unless another is better by more than the seeds differ. The decoders' is chosen first, by decoder-only
-training, and serves all methods. Adapters have the rank at which they have as many parameters as TA-LoRA; one LoRA per task,
-all of them together; Conv-LoRA has the published rank, and convlora_equal the other one.
+training, and serves all methods. Adapters have the rank at which they have as many parameters as TA-LoRA of `--rank` on every qkv; one LoRA per
+task, all of them together; Conv-LoRA has the published rank, and convlora_equal the other one.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,8 +24,8 @@ def tasks(args: argparse.Namespace) -> Iterator[Row]:
     """The encoder, an inference and a training step, with TA-LoRA in the last half of the layers.
 
     Where the encoder takes E, the joint forward takes E / 2 + 3 E / 2 and three passes take 3 E: 2 / 3 is the floor. The
-    decoders run as often either way. Last, all layers with TA-LoRA and the first half of them shared: 2 / 3 of what it takes where
-    every layer tells tasks apart is the floor for the encoder.
+    decoders run as often either way. Last, TA-LoRA as the training script has it, in all linear layers, those of the first half shared:
+    2 / 3 of what it takes where every layer tells tasks apart is the floor for the encoder.
     """
     for name in args.sizes:
         size = SIZES[name]
@@ -37,14 +38,19 @@ def tasks(args: argparse.Namespace) -> Iterator[Row]:
             model.train(what == "training step")
             row = Row(f"three tasks, {what}, {name}", "joint", "three passes", limit=LIMITS[what])
             yield measure(row, variants, args)
-        shared = pt.TALoraConfig(r=size.rank, shared_layers=list(range(size.layers // 2)))
+        rank, half = max(1, size.rank // 4), list(range(size.layers // 2))
+        scripts = pt.TALoraConfig(r=rank, target_modules="all-linear", shared_layers=half)
         others = {
-            "TA-LoRA, none shared": (pt.TALoraConfig(r=size.rank), 0.85),
-            "PEFT's LoRA": (LoraConfig(r=size.rank, target_modules=["qkv"]), None),
+            "TA-LoRA, none shared": (replace(scripts, shared_layers=None), 0.85),
+            "TA-LoRA on every qkv, first half shared, four times the rank": (
+                pt.TALoraConfig(r=size.rank, shared_layers=half),
+                None,
+            ),
+            "PEFT's LoRA on every qkv": (LoraConfig(r=size.rank, target_modules=["qkv"]), None),
         }
         for other, (config, limit) in others.items():
-            ways = {"TA-LoRA, first half shared": shared, other: config}
-            row = Row(f"adapters in all layers, three tasks, training step, {name}", *ways, limit=limit)
+            ways = {"TA-LoRA, first half shared": scripts, other: config}
+            row = Row(f"TA-LoRA as the script has it, three tasks, training step, {name}", *ways, limit=limit)
             models = {way: adapted_msam(size, TASKS, adapter, args) for way, adapter in ways.items()}
             steps = {
                 way: training_step(model, partial(joint_loss, model, images, labels)) for way, model in models.items()

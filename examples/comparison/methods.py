@@ -54,22 +54,23 @@ METHODS = {
     BASELINE: Method("decoders only", "decoder", ("--decoder-lr",)),
     "lora": Method("PEFT LoRA, shared by the tasks", "lora"),
     "lora_per_task": Method("PEFT LoRA, one per task", "lora", per_task=True),
-    "talora": Method("TA-LoRA", "talora", layers="shared-half"),
+    "talora": Method("TA-LoRA", "talora", targets="all", layers="shared-half"),
     "convlora": Method(f"Conv-LoRA, r={RANK['convlora']}", "convlora", published_rank=True),
     # it trains the encoder's norms with the rest
     "full": Method("everything", "full", ("--lr", "--norm-lr")),
     "convlora_equal": Method("Conv-LoRA", "convlora"),
-    "talora_unshared": Method("TA-LoRA, no layer shared", "talora"),
-    "talora_last_half": Method("TA-LoRA, last half of the layers", "talora", layers="last-half"),
+    "talora_qkv": Method("TA-LoRA, every qkv", "talora", layers="shared-half"),
+    "talora_unshared": Method("TA-LoRA, every qkv, no layer shared", "talora"),
+    "talora_last_half": Method("TA-LoRA, every qkv of the last half of the layers", "talora", layers="last-half"),
+    "talora_all_unshared": Method("TA-LoRA, no layer shared", "talora", targets="all"),
     "lora_all": Method("PEFT LoRA, shared, all linear layers", "lora", targets="all"),
     "lora_per_task_all": Method("PEFT LoRA, one per task, all linear layers", "lora", per_task=True, targets="all"),
-    "talora_all": Method("TA-LoRA, all linear layers", "talora", targets="all"),
     "convlora_all": Method("Conv-LoRA, all linear layers", "convlora", targets="all"),
 }
 
 
 # the rows without --methods
-ROWS = ("decoder", "lora", "lora_per_task", "talora", "convlora", "full")
+ROWS = ("decoder", "lora", "lora_per_task", "lora_all", "talora", "convlora", "full")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ class Entry:
         if twice is not None:
             raise argparse.ArgumentTypeError(f"{text!r}: {twice} is there twice")
         if "shared_layers" in names and METHODS[name].layers == "last-half":
-            raise argparse.ArgumentTypeError(f"{text!r}: {name} says itself which layers have an update, take talora")
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: {name} says itself which layers have an update, take talora_qkv"
+            )
         return cls(name, rank, tuple(parts))
 
     @property

@@ -15,7 +15,7 @@ from .methods import BASELINE, METHODS, ROWS, Entry
 SCRIPT = "compare.py"
 FEW_IMAGES = (16, 64, 256)
 # where few labels are compared: those between which somebody with few labels would choose
-FEW_METHODS = ("lora", "lora_per_task", "talora", "talora_unshared")
+FEW_METHODS = ("lora", "lora_per_task", "lora_all", "talora", "talora_qkv", "talora_unshared")
 # five seeds for the table, three for what goes beyond it
 SEEDS, FEW_SEEDS = 5, 3
 # of rendered scenes; of any other dataset all that it has
@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> tupl
         "--rank",
         type=count,
         default=32,
-        help="rank of TA-LoRA without shared layers; the others' follow from it (default: %(default)s)",
+        help="rank of TA-LoRA on every qkv with no layer shared; the others' follow from it (default: %(default)s)",
     )
     add("--no-tuning", action="store_true", help="take the methods' default learning rates")
     add("--jobs", type=count, default=1, help="runs at once (default: %(default)s)")
@@ -95,7 +95,9 @@ def name_of_data(training: argparse.Namespace) -> str:
     """A folder's name for a dataset: "nuclei" for folder:data/nuclei, "coco" for coco:labels/coco.json, the camera's for scenes."""
     if training.dataset == "scenes":
         return training.camera
-    return Path(training.dataset.rpartition(":")[2]).absolute().stem
+    # a folder's name may have dots in it: nyu.v1 and nyu.v2 are two datasets
+    path = Path(training.dataset.rpartition(":")[2]).resolve()
+    return path.stem if path.suffix.lower() == ".json" else path.name
 
 
 def default_threads() -> int:

@@ -115,7 +115,7 @@ def check_fields(entries: Iterable[Entry]) -> None:
 
 
 def matching_ranks(base: str, rank: int, tasks: tuple[str, ...], names: Iterable[str] = METHODS) -> dict[str, int]:
-    """{method: rank} at which each has about as many parameters as TA-LoRA of `rank` without shared layers; one per task, all together."""
+    """{method: rank} at which each has about as many parameters as TA-LoRA of `rank` on every qkv with no layer shared; one per task, all together."""
     sam = load_sam(base)
     target = count_parameters(sam, METHODS["talora_unshared"], tasks, rank)
     ranks = {}
@@ -128,7 +128,8 @@ def matching_ranks(base: str, rank: int, tasks: tuple[str, ...], names: Iterable
 
 def nearest_rank(sam: PreTrainedModel, method: Method, tasks: tuple[str, ...], target: int) -> int:
     """The rank at which a method has most nearly as many parameters: their number is a quadratic function of it."""
-    few = (1, 2, 3)
+    # with fewer some tasks start without a rank of their own, of which a configuration warns
+    few = [len(tasks) + more for more in (1, 2, 3)]
     polynomial = np.polyfit(few, [count_parameters(sam, method, tasks, rank) for rank in few], 2)
     high = 1
     while np.polyval(polynomial, high) < target:

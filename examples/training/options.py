@@ -22,6 +22,8 @@ CAMERAS = ("photo", "thermal", "ultrasound")
 ADAPTER_LR = {"talora": 5e-3, "convlora": 2e-3, "lora": 5e-3, "full": 3e-4}
 # the rank at which each method was published; that of lora is talora's
 RANK = {"talora": 32, "convlora": 3, "lora": 32}
+# a block's linear layers have four times as many inputs and outputs as its qkv, so that a quarter of the rank has about as many parameters
+RANK_ON_ALL = RANK | {"talora": 8, "lora": 8}
 TARGETS, LAYERS = ("qkv", "all"), ("all", "last-half", "shared-half")
 # {field of an adapter's configuration: the option that decides it}
 DECIDED = {"r": "--rank", "target_modules": "--targets", "layers_to_transform": "--layers", "tasks": "--tasks"}
@@ -156,9 +158,10 @@ def make_parser(description: str, prog: str = SCRIPT) -> OneLineParser:
     )
     add("--method", choices=METHODS, default="talora", help="lora is PEFT's own; decoder leaves the encoder alone, full trains "
         "all of it")  # fmt: skip
-    add("--rank", type=count, help=f"rank of the adapter (default: {RANK['talora']}, for convlora {RANK['convlora']})")
-    add("--targets", choices=TARGETS, default="qkv", help="layers of the encoder that get an adapter: the fused q/k/v "
-        "projections, or all linear ones")  # fmt: skip
+    add("--rank", type=count, help=f"rank of the adapter (default: {RANK['talora']} on every qkv, {RANK_ON_ALL['talora']} on all "
+        f"linear layers, for convlora {RANK['convlora']}); of talora more than there are tasks")  # fmt: skip
+    add("--targets", choices=TARGETS, help="layers of the encoder that get an adapter: the fused q/k/v projections, or all "
+        "linear ones (default: all for talora, else qkv)")  # fmt: skip
     add("--layers", choices=LAYERS, help="blocks of the encoder that get an adapter; shared-half: all, the first half with one "
         "update for all tasks, so that it runs once for all of them (default: shared-half for talora, else all)")  # fmt: skip
     add("--config", type=config_field, nargs="+", action="extend", metavar="FIELD=VALUE", help="further fields of the adapter's configuration: of "
@@ -290,8 +293,10 @@ def fill_in(args: argparse.Namespace) -> None:
     if scenes:
         for name, images in SCENES.items():
             setattr(args, name, getattr(args, name) or images)
+    if args.targets is None:
+        args.targets = "all" if args.method == "talora" else "qkv"
     if args.rank is None:
-        args.rank = RANK.get(args.method)
+        args.rank = (RANK_ON_ALL if args.targets == "all" else RANK).get(args.method)
     if args.layers is None:
         args.layers = "shared-half" if args.method == "talora" else "all"
     if args.lr is None:

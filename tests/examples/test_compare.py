@@ -123,7 +123,7 @@ class TestComparison:
         assert script.main(command) == 0
         found = read(tmp_path)
         assert found["rates"] == {
-            "decoder": 4e-4, "lora": 5e-3, "lora_per_task": 5e-3, "talora": 0.013, "convlora": 8e-4, "full": 3e-4,
+            "decoder": 4e-4, "lora": 5e-3, "lora_per_task": 5e-3, "lora_all": 5e-3, "talora": 0.013, "convlora": 8e-4, "full": 3e-4,
         }  # fmt: skip
         assert len(found["tuning"]) == len(ROWS) * len(RATE_FACTORS)
         # 0.8 + 0.1 of the default against the baseline's 1.0 + 0.1
@@ -148,7 +148,7 @@ class TestComparison:
         assert row == "| TA-LoRA | 0.765 ± 0.007 | 7.65 ± 0.07 | +23.5 ± 0.7 | 207 | 7 | 0.0 | 2.00 |"
         # of two seeds: t with one degree of freedom is 12.7, times 0.5
         lora = next(line for line in text.splitlines() if line.startswith("| PEFT LoRA, shared by the tasks |  | "))
-        assert lora.split(" | ")[3] == "**-13.5 ± 6.4**"
+        assert lora.split(" | ")[4] == "**-13.5 ± 6.4**"
         assert "differ by less than" in text and "over 2 seeds" in text and "≈" not in text
         assert (tmp_path / "out/comparison.png").stat().st_size > 10_000
 

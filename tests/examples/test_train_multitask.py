@@ -55,14 +55,17 @@ class TestLayers:
     def test_every_adapter_has_the_same(self, base, method):
         blocks = ("0.", "1.", "2.")
         all_linear = {block + name for block in blocks for name in ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")}
-        assert self.adapted(base, "--method", method) == {f"{block}attn.qkv" for block in blocks}
+        every_qkv = {f"{block}attn.qkv" for block in blocks}
+        assert self.adapted(base, "--method", method) == (all_linear if method == "talora" else every_qkv)
+        assert self.adapted(base, "--method", method, "--targets", "qkv") == every_qkv
         assert self.adapted(base, "--method", method, "--targets", "all") == all_linear
-        assert self.adapted(base, "--method", method, "--layers", "last-half") == {"1.attn.qkv", "2.attn.qkv"}
+        last_half = self.adapted(base, "--method", method, "--targets", "qkv", "--layers", "last-half")
+        assert last_half == {"1.attn.qkv", "2.attn.qkv"}
         both = self.adapted(base, "--method", method, "--targets", "all", "--layers", "last-half")
         assert both == {name for name in all_linear if not name.startswith("0.")}
 
     def test_a_shared_half_has_one_update_for_all_tasks(self, base):
-        args = parse_args(["--base", base, "--rank", "2", "--layers", "shared-half", "--targets", "all"])
+        args = parse_args(["--base", base, "--rank", "2", "--layers", "shared-half"])
         model = script.make_model(
             args, args.method, parse_tasks({"depth": {"kind": "depth"}, "edges": {"kind": "binary"}})
         )
@@ -77,7 +80,8 @@ class TestLayers:
         args = parse_args(["--base", base, "--rank", "2", "--config", "shared_layers=[0,2]"])
         model = script.make_model(args, args.method, parse_tasks({"depth": {"kind": "depth"}}))
         shared = [layer.is_shared["default"] for layer in model.modules() if isinstance(layer, TALoraLayer)]
-        assert shared == [True, False, True]
+        # of each block four linear layers
+        assert shared == [True] * 4 + [False] * 4 + [True] * 4
         with pytest.raises(ValueError, match=r"\[7\] are not: those are \[0, 1, 2\]"):
             script.main(["--base", base, "--dataset", data_folder, "--config", "shared_layers=[7]", "--baseline", "train",
                          "--output-dir", str(tmp_path / "run")])  # fmt: skip
@@ -92,7 +96,7 @@ class TestLayers:
         plain = identity()
         assert (
             plain
-            != identity("--targets", "all")
+            != identity("--targets", "qkv")
             != identity("--layers", "last-half")
             != identity("--layers", "all")
             != plain

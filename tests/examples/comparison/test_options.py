@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from comparison.methods import METHODS, Entry
 from comparison.options import parse_args
 
 
@@ -32,6 +33,8 @@ def test_seeds():
         (["--camera", "thermal"], "runs/comparison/thermal"),
         (["--dataset", "folder:data/nuclei/"], "runs/comparison/nuclei"),
         (["--dataset", "coco:labels/leaves.json"], "runs/comparison/leaves"),
+        (["--dataset", "folder:nyu.v1"], "runs/comparison/nyu.v1"),
+        (["--dataset", "coco:labels/LEAVES.JSON"], "runs/comparison/LEAVES"),
         (["--dataset", "tanganke/nyuv2"], "runs/comparison/nyuv2"),
         (["--output-dir", "here"], "here"),
     ],
@@ -49,6 +52,14 @@ def test_impossible_methods(text, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--methods", text])
     assert text.partition(":")[0] in capsys.readouterr().err
+
+
+def test_a_row_of_the_last_half_has_no_shared_layers(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--methods", "talora_last_half:shared_layers=[0]"])
+    cure = capsys.readouterr().err.partition("take ")[2].split()[0]
+    assert METHODS[cure].targets == METHODS["talora_last_half"].targets
+    Entry.parse(f"{cure}:shared_layers=[0]")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class TestConfig:
     def test_start_of_talora(self, arguments, number, expected):
         args = parse_args(arguments)
         config = adapter_config("talora", args.rank, args.config, [f"task{index}" for index in range(number)])
-        assert (config.init_weights, config.scaling, config.r_task) == expected and config.r == 32
+        assert (config.init_weights, config.scaling, config.r_task) == expected and config.r == 8
 
     @pytest.mark.parametrize(
         ("method", "fields", "expected"),

@@ -29,7 +29,7 @@ class TestHelp:
         assert [name for name in re.findall(r"^(\w+):$", text, re.M) if name != "options"] == list(GROUPS)
         flat = " ".join(text.split())
         for shown in ("optimiser steps (default: 80)", "AdamW's weight decay (default: 1e-06)", "(default: scenes)",
-                      "0.005 for talora, 0.002 for convlora", "(default: 32, for convlora 3)"):  # fmt: skip
+                      "0.005 for talora, 0.002 for convlora", "(default: 32 on every qkv, 8 on all linear layers, for convlora 3)"):  # fmt: skip
             assert shown in flat
 
     def test_every_option_has_a_sentence(self):
@@ -42,6 +42,24 @@ class TestHelp:
             words = " ".join(block.split()).replace("--num-train N", "").replace("--num-test N", "")
             assert len(words.split()) >= 4, block
 
+    @pytest.mark.parametrize(
+        ("arguments", "targets", "layers", "rank"),
+        [
+            ([], "all", "shared-half", 8),
+            (["--targets", "qkv"], "qkv", "shared-half", 32),
+            (["--rank", "5"], "all", "shared-half", 5),
+            (["--layers", "last-half"], "all", "last-half", 8),
+            (["--method", "lora"], "qkv", "all", 32),
+            (["--method", "lora", "--targets", "all"], "all", "all", 8),
+            (["--method", "convlora"], "qkv", "all", 3),
+            (["--method", "convlora", "--targets", "all"], "all", "all", 3),
+            (["--method", "full"], "qkv", "all", None),
+        ],
+    )
+    def test_where_an_adapter_is_and_of_what_rank(self, arguments, targets, layers, rank):
+        args = parse_args(arguments)
+        assert (args.targets, args.layers, args.rank) == (targets, layers, rank)
+
     def test_values_without_an_option_depend_on_the_data_and_the_method(self):
         args = parse_args([])
         assert (args.max_train_images, args.max_test_images, args.crop_scales, args.baseline) == (
@@ -50,7 +68,7 @@ class TestHelp:
             [1.0],
             "train",
         )
-        assert (args.lr, args.rank, args.checkpoint_every, args.eval_every) == (5e-3, 32, 8, None)
+        assert (args.lr, args.checkpoint_every, args.eval_every) == (5e-3, 8, None)
         args = parse_args(["--dataset", "folder:x", "--method", "convlora", "--steps", "100000"])
         assert (args.max_train_images, args.max_test_images, args.crop_scales) == (None, None, [1.0, 1.2, 1.5])
         assert (args.lr, args.rank, args.baseline, args.checkpoint_every) == (2e-3, 3, "none", 500)
