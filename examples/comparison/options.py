@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def name_of_data(training: argparse.Namespace) -> str:
     """A folder's name for a dataset: "nuclei" for folder:data/nuclei, "coco" for coco:labels/coco.json, the camera's for scenes."""
     if training.dataset == "scenes":
         return training.camera
-    # a folder's name may have dots in it: nyu.v1 and nyu.v2 are two datasets
-    path = Path(training.dataset.rpartition(":")[2]).resolve()
+    # its own name, where it is a link, too; a folder's may have dots in it: nyu.v1 and nyu.v2 are two datasets
+    path = Path(os.path.abspath(training.dataset.rpartition(":")[2]))
     return path.stem if path.suffix.lower() == ".json" else path.name
 
 

@@ -34,6 +34,7 @@ def test_seeds():
         (["--dataset", "folder:data/nuclei/"], "runs/comparison/nuclei"),
         (["--dataset", "coco:labels/leaves.json"], "runs/comparison/leaves"),
         (["--dataset", "folder:nyu.v1"], "runs/comparison/nyu.v1"),
+        (["--dataset", "folder:data/nyu/../leaves"], "runs/comparison/leaves"),
         (["--dataset", "coco:labels/LEAVES.JSON"], "runs/comparison/LEAVES"),
         (["--dataset", "tanganke/nyuv2"], "runs/comparison/nyuv2"),
         (["--output-dir", "here"], "here"),
