@@ -48,6 +48,7 @@ def merged(sam, channel_mode, task):
     return TaskLogits(model.merge_and_unload(), task).eval(), pixels, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channel_mode", ["prompt", "token"])
 def test_torch_export(sam, channel_mode):
     model, pixels, expected = merged(sam, channel_mode, "parts")
@@ -59,6 +60,7 @@ def test_torch_export(sam, channel_mode):
         torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @other_families
 def test_torch_export_of_the_other_families(family):
     model, pixels, expected = merged(MAKERS[family](), "prompt", "parts")

@@ -79,6 +79,7 @@ class TestRegisteringAgain:
             register_tuner("talora", config_cls=TALoraConfig, model_cls=TALoraModel)
         assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.TALORA] is OtherConfig
 
+    @pytest.mark.slow
     def test_import_from_several_threads_beside_another_plugin(self):
         code = """
 import sys, threading
@@ -127,6 +128,7 @@ assert len(added) == 40 and all(member is PeftType[name] for name, member in add
 """
         run_python(code)
 
+    @pytest.mark.slow
     def test_import_after_the_package_was_dropped(self):
         # what a notebook's reload does
         code = """

@@ -133,6 +133,7 @@ class TestModel:
         semantic = model(pixels).logits["semantic"]
         assert (semantic[:, 0] - semantic[:, 1]).abs().max() > 1e-3
 
+    @pytest.mark.slow
     def test_compiles_to_one_graph(self, sam_factory):
         model, pixels = tuned(sam_factory(num_hidden_layers=1)), images()
         torch._dynamo.reset()

@@ -97,6 +97,7 @@ class TestHooks:
             assert calls == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"task_ids": IDS}, {"tasks": ["normals"]}])
 def test_compiled(arguments):
     model, pixels, graphs = tune(make()), images(), []
