@@ -11,15 +11,6 @@ from torch import nn
 COMMON_SHARE = {"split": 0.0, "half": 0.5, "lora": 1.0}
 
 
-def common_ranks(init_weights: str, ranks: int, owners: int) -> int:
-    """How many of the ranks belong to all tasks in a start as LoRAs; the others are dealt out to `owners`.
-
-    "half" keeps no more than leave one for each of them, and one in any case.
-    """
-    common = math.ceil(COMMON_SHARE[init_weights] * ranks)
-    return min(common, max(1, ranks - owners)) if init_weights == "half" else common
-
-
 def fill_factors(
     G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor, init_weights: bool | str
 ) -> None:
@@ -29,8 +20,7 @@ def fill_factors(
         for factor in (U1, U2, U3):
             nn.init.normal_(factor)
     elif init_weights in COMMON_SHARE:
-        owners = min(len(U3), G.shape[2] - 1)
-        _shares(G, U1, U2, U3, common_ranks(str(init_weights), min(G.shape[:2]), owners))
+        _shares(G, U1, U2, U3, str(init_weights))
     elif init_weights == "orthogonal":
         nn.init.orthogonal_(U1)
         nn.init.orthogonal_(U2)
@@ -54,7 +44,7 @@ def _normalized(U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor) -> None:
     nn.init.normal_(U3, std=math.sqrt(math.pi / 2.0) / v)
 
 
-def _shares(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor, common: int) -> None:
+def _shares(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor, init_weights: str) -> None:
     """Start as LoRAs: M_t = diag(rank a belongs to task t), A = U1^T with LoRA's own start, and B = s U2 zero.
 
     The first ranks belong to all tasks: a slice that every task sees has them. The others are dealt out to the tasks in turn, into
@@ -62,15 +52,21 @@ def _shares(G: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tenso
     none is common, several tasks share one. Slices that are left over start at zero and belong to all tasks.
 
     Args:
-        common: How many of the ranks belong to all tasks.
+        init_weights: One of [`COMMON_SHARE`], which says how many of the ranks belong to all tasks; of "half" they are fewer, down to
+            one, so that each task is dealt one of the others.
     """
     _lora_factors(U1, U2)
     ranks = torch.arange(min(G.shape[:2]))
-    if common and G.shape[2] == 1:
+    # the slices that are dealt out where one is for all
+    owned = min(len(U3), G.shape[2] - 1)
+    common = math.ceil(COMMON_SHARE[init_weights] * len(ranks))
+    if init_weights == "half":
+        common = min(common, max(1, len(ranks) - owned))
+    if common and not owned:
         # there is no slice to deal out
         common = len(ranks)
     dealt_out = ranks[common:]
-    slices = min(len(U3), G.shape[2] - 1 if common else min(G.shape))
+    slices = owned if common else min(len(U3), *G.shape)
     if len(dealt_out):
         G[dealt_out, dealt_out, torch.arange(len(dealt_out)) % slices] = 1.0
     if common:
